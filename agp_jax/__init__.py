@@ -1,0 +1,17 @@
+"""Automated Gradual Pruning for JAX: schedules and masks."""
+
+from agp_jax.masks import apply_masks as apply_masks
+from agp_jax.masks import make_masks as make_masks
+from agp_jax.masks import sparsity as sparsity
+from agp_jax.rules import Rule as Rule
+from agp_jax.rules import match_rules as match_rules
+from agp_jax.schedules import Schedule as Schedule
+from agp_jax.schedules import one_shot as one_shot
+from agp_jax.schedules import polynomial_schedule as polynomial_schedule
+from agp_jax.structures import Structure as Structure
+from agp_jax.structures import block as block
+from agp_jax.structures import channels as channels
+from agp_jax.structures import element as element
+from agp_jax.structures import filters as filters
+from agp_jax.structures import heads as heads
+from agp_jax.structures import n_m as n_m

@@ -1,0 +1,208 @@
+"""Which parameters are pruned, how, and when: patterns on paths."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from agp_jax.schedules import Schedule
+from agp_jax.structures import Structure, box_shape, num_cells
+from agp_jax.trees import PyTree, flatten_with_paths
+
+MAX_CELLS = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Prunes the parameters whose path matches `pattern`.
+
+    Attributes:
+      pattern: a regular expression for the whole path (`re.fullmatch`).
+      structure: how those tensors divide into cells; None keeps them dense.
+      schedule: when they lose how much.
+      score: what makes a cell worth keeping, summed over its weights in float32:
+        called with the weights, or with weights and gradients if it takes two
+        arguments. `jnp.abs` ranks cells by L1 norm, `jnp.square` by L2.
+      scope: "tensor" ranks each tensor by itself, "rule" all tensors together.
+      stacked_axes: so many leading axes index separate tensors of the same shape,
+        as in layers stacked by `scan`; each is ranked by itself.
+
+    Raises:
+      ValueError: for a pattern that is no regular expression and for options of the
+        wrong kind.
+    """
+
+    pattern: str
+    structure: Structure | None = None
+    schedule: Schedule | None = None
+    _: dataclasses.KW_ONLY
+    score: Callable[..., jax.Array] = jnp.abs
+    scope: str = "tensor"
+    stacked_axes: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise ValueError(
+                f"rule pattern {self.pattern!r} is not a regular expression: it must "
+                f"be a str"
+            )
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"rule pattern {self.pattern!r} is not a regular expression: {error}"
+            ) from None
+        for name, kind, made_by in (
+            ("structure", Structure, "agp.element() or another structure function"),
+            ("schedule", Schedule, "agp.polynomial_schedule or agp.one_shot"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(
+                    f"{self}: expected a {name} made by {made_by}, got {value!r}"
+                )
+        if self.schedule and not self.structure:
+            raise ValueError(f"{self} has a schedule but no structure to prune by")
+        if not callable(self.score):
+            raise ValueError(f"{self}: score must be a function, got {self.score!r}")
+        if self.scope not in ("tensor", "rule"):
+            raise ValueError(
+                f"{self}: scope must be 'tensor' or 'rule', got {self.scope!r}"
+            )
+        if not isinstance(self.stacked_axes, int) or self.stacked_axes < 0:
+            raise ValueError(
+                f"{self}: stacked_axes must be a number of axes, got "
+                f"{self.stacked_axes!r}"
+            )
+        if self.structure and self.structure.keep_n_of_m:
+            self._check_n_of_m(*self.structure.keep_n_of_m)
+
+    def _check_n_of_m(self, n: int, m: int, axis: int):
+        if self.scope == "rule":
+            raise ValueError(
+                f"{self}: {self.structure} ranks within groups of {m}, so "
+                f"scope must be 'tensor'"
+            )
+        if self.schedule and abs(self.schedule.final_sparsity - (1 - n / m)) > 1e-9:
+            raise ValueError(
+                f"{self}: {self.structure} ends at a sparsity of {1 - n / m}, but the "
+                f"schedule's final_sparsity is {self.schedule.final_sparsity}"
+            )
+
+    @property
+    def scores_gradients(self) -> bool:
+        """Whether `score` needs the gradients: whether it needs two arguments."""
+        if isinstance(self.score, jnp.ufunc):
+            return self.score.nin > 1
+        try:
+            parameters = inspect.signature(self.score).parameters.values()
+        except ValueError:  # a builtin that does not tell
+            return False
+        positional = (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        )
+        required = [p for p in parameters if p.default is p.empty]
+        return sum(p.kind in positional for p in required) > 1
+
+    def __str__(self) -> str:
+        return f"rule {self.pattern!r}"
+
+
+def match_rules(rules: Sequence[Rule], params: PyTree) -> PyTree:
+    """The rule that prunes each parameter, in a tree like `params`.
+
+    The first rule that matches a path wins. None stands where a parameter stays dense:
+    where no rule matches, where the matching rule has no structure, and at leaves that
+    are not real floating point numbers.
+
+    Args:
+      rules: the rules, in order of precedence.
+      params: a tree of arrays or of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: if a rule matches no parameter (the message names the nearest paths)
+        or only such that earlier rules or their type take away from it; if its
+        structure does not fit a tensor or lacks a schedule; if two parameters have the
+        same path.
+    """
+    rules = _checked_rules(rules)
+    paths, leaves, treedef = flatten_with_paths(params)
+    shared = [path for path, count in Counter(paths).items() if count > 1]
+    if shared:
+        raise ValueError(f"several parameters have the path {shared[0]!r}; rename one")
+    prunable = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves]
+    winner: list[int | None] = [
+        next((i for i, r in enumerate(rules) if re.fullmatch(r.pattern, path)), None)
+        for path in paths
+    ]
+    for i, rule in enumerate(rules):
+        if not any(prunable[k] for k, won in enumerate(winner) if won == i):
+            raise ValueError(_explain_idle(rule, i, rules, paths, winner))
+    matched: list[Rule | None] = []
+    for path, leaf, won, floating in zip(paths, leaves, winner, prunable, strict=True):
+        rule = None if won is None or not floating else rules[won]
+        if rule is None or rule.structure is None:
+            matched.append(None)
+        else:
+            _check_fit(rule, rule.structure, path, jnp.shape(leaf))
+            matched.append(rule)
+    return treedef.unflatten(matched)
+
+
+def _checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    if isinstance(rules, Rule):
+        raise ValueError(f"expected a list of rules, got one: [{rules}]")
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise ValueError(f"expected a list of agp.Rule, got {rule!r} in it")
+        if rule.structure and not rule.schedule:
+            raise ValueError(f"{rule} has a structure but no schedule to follow")
+    return tuple(rules)
+
+
+def _explain_idle(
+    rule: Rule,
+    index: int,
+    rules: Sequence[Rule],
+    paths: Sequence[str],
+    winner: Sequence[int | None],
+) -> str:
+    """Why `rule` prunes nothing."""
+    matches = [i for i, path in enumerate(paths) if re.fullmatch(rule.pattern, path)]
+    for i in matches:
+        won = winner[i]
+        if won is not None and won != index:
+            return (
+                f"{rule} has no effect: an earlier rule takes what it matches, such as "
+                f"{paths[i]} by {rules[won]}"
+            )
+    if matches:
+        return (
+            f"{rule} matches no floating point parameter, only "
+            f"{', '.join(paths[i] for i in matches[:3])}"
+        )
+    nearest = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.0)
+    return f"{rule} matches no parameter; nearest: {', '.join(nearest)}"
+
+
+def _check_fit(rule: Rule, structure: Structure, path: str, shape: tuple[int, ...]):
+    if rule.stacked_axes > len(shape):
+        raise ValueError(
+            f"{rule} stacks {rule.stacked_axes} axes, but {path} has shape {shape}"
+        )
+    cell_axes = shape[rule.stacked_axes :]
+    try:
+        box_shape(structure, cell_axes)
+    except ValueError as error:
+        raise ValueError(f"{rule} cannot prune {path}: {error}") from None
+    if num_cells(structure, cell_axes) > MAX_CELLS:
+        raise ValueError(
+            f"{rule} cannot prune {path}: a tensor of shape {cell_axes} has more than "
+            f"{MAX_CELLS} cells; rank its leading axes apart with stacked_axes"
+        )

@@ -1,0 +1,47 @@
+"""What an explicit mesh wants to be told.
+
+On such a mesh the sharding is part of an array's type, and an operation that would have
+to move data is an error. On other meshes the compiler decides, nothing is known when
+tracing, and the functions here do nothing.
+"""
+
+import math
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def num_shards(values: jax.Array, axis: int) -> int:
+    """Over how many devices `axis` is known to be divided."""
+    mesh = jax.typeof(values).sharding.mesh
+    names = _spec(values)[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(mesh.shape[name] for name in names if name)
+
+
+def replicate(values: jax.Array) -> jax.Array:
+    """A whole copy on every device; for a few values only."""
+    if all(name is None for name in _spec(values)):
+        return values
+    mesh = jax.typeof(values).sharding.mesh
+    return jax.sharding.reshard(values, NamedSharding(mesh, PartitionSpec()))
+
+
+def split_axis(values: jax.Array, axis: int, parts: int) -> jax.Array:
+    """Splits `axis` into (groups, parts), the second right after the first.
+
+    Where a group lies on several devices, the axis is brought together.
+    """
+    shape, spec = values.shape, _spec(values)
+    groups = shape[axis] // parts
+    split = (*shape[:axis], groups, parts, *shape[axis + 1 :])
+    if groups % num_shards(values, axis) == 0:
+        return values.reshape(split)
+    together = PartitionSpec(*spec[:axis], None, None, *spec[axis + 1 :])
+    mesh = jax.typeof(values).sharding.mesh
+    return jax.lax.reshape(values, split, out_sharding=NamedSharding(mesh, together))
+
+
+def _spec(values: jax.Array) -> list:
+    spec = jax.typeof(values).sharding.spec
+    return [*spec, *[None] * (values.ndim - len(spec))]

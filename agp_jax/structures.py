@@ -1,0 +1,223 @@
+"""How a tensor divides into cells, the smallest things pruning can remove.
+
+A structure cuts a tensor into equal boxes, and a box is a cell. Layouts are Flax's:
+convolution kernels are (height, width, in, out), dense kernels (in, out).
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from agp_jax.shardings import split_axis
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A way to divide tensors into cells.
+
+    Attributes:
+      name: how it was made, as printed in reports; structures of one name are equal.
+      box: gives, for a tensor's shape, the shape of its boxes.
+      keep_n_of_m: `(n, m, axis)` where cells compete only in groups of m neighbours
+        along `axis`, of which the last event keeps n; None where all cells compete.
+    """
+
+    name: str
+    box: Callable[[Shape], Shape] = dataclasses.field(compare=False, repr=False)
+    keep_n_of_m: tuple[int, int, int] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def element() -> Structure:
+    """Every weight is a cell of its own."""
+    return Structure("element()", lambda shape: (1,) * len(shape))
+
+
+def block(shape: Sequence[int]) -> Structure:
+    """Boxes of the given shape.
+
+    `block((1, 1, 8, 1))` on a convolution kernel is 8 consecutive input channels of
+    one filter at one position, the "1x1x8" of published block-pruning results.
+    """
+    sizes = tuple(_whole("the size of a block", size) for size in shape)
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"a block needs sizes of at least 1, got {sizes}")
+    return Structure(f"block({sizes})", lambda _: sizes)
+
+
+def n_m(n: int, m: int, axis: int = -2) -> Structure:
+    """Keeps n of every m neighbours along `axis` (by default the input features).
+
+    Under a schedule it gets there gradually: at sparsity s each group of m has lost
+    floor(s * m), for 2:4 first none, then one, then two. The schedule must therefore
+    end where n of m are left.
+    """
+    n, m, axis = _whole("n", n), _whole("m", m), _whole("axis", axis)
+    if not 1 <= n <= m:
+        raise ValueError(f"n_m keeps n of m with 1 <= n <= m, got n={n}, m={m}")
+    return Structure(
+        f"n_m({n}, {m}, axis={axis})", lambda shape: (1,) * len(shape), (n, m, axis)
+    )
+
+
+def filters(axis: int = -1) -> Structure:
+    """One cell per output feature: the whole filter that makes it."""
+    axis = _whole("axis", axis)
+    return Structure(f"filters(axis={axis})", lambda shape: _slabs(shape, axis))
+
+
+def channels(axis: int = -2) -> Structure:
+    """One cell per input feature: all weights that read it."""
+    axis = _whole("axis", axis)
+    return Structure(f"channels(axis={axis})", lambda shape: _slabs(shape, axis))
+
+
+def heads(count: int, axis: int = -1) -> Structure:
+    """`count` equal runs of consecutive features along `axis`, as in attention."""
+    count, axis = _whole("count", count), _whole("axis", axis)
+    if count < 1:
+        raise ValueError(f"heads needs a count of at least 1, got {count}")
+    return Structure(
+        f"heads({count}, axis={axis})", lambda shape: _slabs(shape, axis, count)
+    )
+
+
+def box_shape(structure: Structure, shape: Shape) -> Shape:
+    """The shape of a cell of `structure` in a tensor of `shape`.
+
+    Raises:
+      ValueError: if the boxes do not tile the tensor, or an axis is out of range.
+    """
+    box = structure.box(shape)
+    if len(box) != len(shape) or any(
+        size % part for size, part in zip(shape, box, strict=True)
+    ):
+        raise ValueError(
+            f"{structure} does not tile shape {shape}: every axis must be a multiple "
+            f"of the box {box}"
+        )
+    if structure.keep_n_of_m:
+        _, m, axis = structure.keep_n_of_m
+        size = shape[_checked_axis(shape, axis)]
+        if size % m:
+            raise ValueError(
+                f"{structure} does not tile shape {shape}: axis {axis} has {size} "
+                f"entries, not a multiple of {m}"
+            )
+    return box
+
+
+def grid_shape(box: Shape, shape: Shape) -> Shape:
+    """How many boxes lie along each axis."""
+    return tuple(size // part for size, part in zip(shape, box, strict=True))
+
+
+def num_cells(structure: Structure, shape: Shape) -> int:
+    """How many cells a tensor of `shape` has."""
+    return math.prod(grid_shape(box_shape(structure, shape), shape))
+
+
+def sum_boxes(values: jax.Array, box: Shape) -> jax.Array:
+    """The float32 sum of `values` over each box, in the shape of the grid.
+
+    The sum has the same bits in whatever order it is made, so devices that hold parts
+    of a box agree with one that holds it all. Each value is rounded to a multiple of
+    2**-30 of its box's largest, and the multiples are added as integers.
+
+    `values` may have leading axes beyond those of `box`; they stay.
+    """
+    num_terms = math.prod(box)
+    if num_terms == 1 or values.size == 0:
+        return _reduce_boxes(jnp.sum, values, box)
+    _, exponent = jnp.frexp(_reduce_boxes(jnp.max, jnp.abs(values), box))
+    scaled = _times_power_of_two(values, fill_boxes(30 - exponent, box))
+    multiples = jnp.round(scaled).astype(jnp.int32)
+    # Added in digits of so few bits that the sum of all terms' digits is an int32.
+    bits = 31 - num_terms.bit_length()
+    num_digits = -(-31 // bits)
+    digits, carry = [], 0
+    for i in range(num_digits):
+        digit = multiples >> (i * bits)
+        if i < num_digits - 1:
+            digit &= 2**bits - 1
+        total = _reduce_boxes(jnp.sum, digit, box) + carry
+        carry = total >> bits
+        digits.append(total & (2**bits - 1) if i < num_digits - 1 else total)
+    sums = jnp.zeros(digits[0].shape, jnp.float32)
+    for i, digit in reversed(list(enumerate(digits))):
+        place = _times_power_of_two(digit.astype(jnp.float32), jnp.int32(i * bits))
+        sums = sums + place
+    return _times_power_of_two(sums, exponent - 30)
+
+
+def any_in_boxes(values: jax.Array, box: Shape) -> jax.Array:
+    """Whether any of the bools `values` is True in each box, in the grid's shape."""
+    return _reduce_boxes(jnp.any, values, box)
+
+
+def fill_boxes(cells: jax.Array, box: Shape) -> jax.Array:
+    """Repeats each entry of the grid `cells` over its box: undoes `sum_boxes`."""
+    for axis, part in enumerate(box, start=cells.ndim - len(box)):
+        if part > 1:
+            shape = cells.shape
+            grown = (*shape[: axis + 1], part, *shape[axis + 1 :])
+            cells = jnp.broadcast_to(jnp.expand_dims(cells, axis + 1), grown)
+            cells = cells.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+    return cells
+
+
+def _reduce_boxes(
+    reduce: Callable[..., jax.Array], values: jax.Array, box: Shape
+) -> jax.Array:
+    """Reduces within boxes: whole axes first, which suits any sharding."""
+    offset = values.ndim - len(box)
+    sizes = values.shape[offset:]
+    whole = [a for a, part in enumerate(box) if 1 < part == sizes[a]]
+    if whole:
+        values = reduce(values, axis=tuple(a + offset for a in whole), keepdims=True)
+    for axis in reversed(range(len(box))):  # last first: earlier axes keep their place
+        if 1 < box[axis] < sizes[axis]:
+            split = split_axis(values, axis + offset, box[axis])
+            values = reduce(split, axis=axis + offset + 1)
+    return values
+
+
+def _times_power_of_two(values: jax.Array, exponent: jax.Array) -> jax.Array:
+    """`values * 2**exponent`, exact; in two steps, as the factor may be too large."""
+    half = exponent // 2
+    for part in (half, exponent - half):
+        factor = jax.lax.bitcast_convert_type((part + 127) << 23, jnp.float32)
+        values = values * factor
+    return values
+
+
+def _slabs(shape: Shape, axis: int, count: int | None = None) -> Shape:
+    """Boxes that span all axes but `axis`, of which each takes 1/`count`."""
+    axis = _checked_axis(shape, axis)
+    size = shape[axis]
+    if count is not None and size % count:
+        raise ValueError(f"axis {axis} of shape {shape} does not divide into {count}")
+    box = (*shape[:axis], size // count if count else 1, *shape[axis + 1 :])
+    return tuple(max(part, 1) for part in box)  # an empty tensor has no cells
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def _checked_axis(shape: Shape, axis: int) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis {axis} is out of range for shape {shape}")
+    return axis % len(shape)

@@ -1,0 +1,134 @@
+"""Names for the leaves of any pytree.
+
+The core sees a model as a tree of arrays whose leaves have path strings such as
+`"stage1/block0/conv1/kernel"`: the same for dicts, linen variables, NNX states and
+dataclasses.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import (
+    DictKey,
+    FlattenedIndexKey,
+    GetAttrKey,
+    KeyPath,
+    PyTreeDef,
+    SequenceKey,
+)
+
+PyTree = Any
+
+
+def path_string(keys: KeyPath) -> str:
+    """The path of one leaf: its keys joined by slashes.
+
+    NNX stores an array in the attribute `value` of its variable; that last key is
+    dropped, so a parameter has one name inside and outside of NNX.
+
+    >>> path_string((DictKey("layers"), SequenceKey(0), GetAttrKey("kernel")))
+    'layers/0/kernel'
+    """
+    if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
+        keys = keys[:-1]
+    return "/".join(_key_name(key) for key in keys)
+
+
+def flatten_with_paths(tree: PyTree) -> tuple[list[str], list[Any], PyTreeDef]:
+    """The paths, the leaves and the structure of `tree`, in one order."""
+    entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return [path_string(keys) for keys, _ in entries], [x for _, x in entries], treedef
+
+
+def leaves_of(tree: PyTree | None, paths: Sequence[str], what: str) -> list[Any]:
+    """The leaves of `tree` at `paths`, None where it has none.
+
+    Trees are matched by their paths, so that it does not matter whether a container is
+    a dict or an NNX state, and parts of the tree may be absent or `optax.MaskedNode()`.
+
+    Raises:
+      ValueError: if `tree` has other leaves too; `what` names it.
+    """
+    own_paths, leaves, _ = flatten_with_paths(tree)
+    unknown = set(own_paths) - set(paths)
+    if unknown:
+        raise ValueError(f"{what} have {min(unknown)!r}, which is no parameter")
+    by_path = dict(zip(own_paths, leaves, strict=True))
+    return [by_path.get(path) for path in paths]
+
+
+def map_mirrors(
+    function: Callable[[Any, Any], Any],
+    tree: PyTree,
+    params: PyTree,
+    values: Sequence[Any],
+) -> PyTree:
+    """Applies `function(leaf, value)` to the leaves of `tree` that mirror a parameter.
+
+    An optimizer keeps moments in trees like the parameters, somewhere in its state. A
+    subtree mirrors the parameters if it has their structure, where
+    `optax.MaskedNode()` may stand in the place of any part, and a leaf of it mirrors
+    its parameter if it has floating point numbers and the parameter's shape.
+
+    Args:
+      function: of a leaf of `tree` and of the entry of `values` for its parameter.
+      tree: the optimizer's state.
+      params: the parameters.
+      values: one for each leaf of `params`.
+    """
+    treedef = jax.tree.structure(params)
+    indices = treedef.unflatten(range(treedef.num_leaves))
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+
+    def map_leaf(leaf: Any, i: int) -> Any:
+        is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        mirrors = is_float and jnp.shape(leaf) == shapes[i]
+        return function(leaf, values[i]) if mirrors else leaf
+
+    def map_mirror(subtree: PyTree) -> PyTree | None:
+        """None for a subtree that does not mirror the parameters."""
+        leaves, structure = jax.tree.flatten(subtree, is_leaf=_is_masked_node)
+        try:
+            places = structure.flatten_up_to(indices)
+        except ValueError:
+            return None
+        pairs = list(zip(leaves, places, strict=True))
+        if not all(isinstance(i, int) or _is_masked_node(x) for x, i in pairs):
+            return None
+        return structure.unflatten(
+            x if _is_masked_node(x) else map_leaf(x, i) for x, i in pairs
+        )
+
+    def visit(node: PyTree) -> PyTree:
+        mirror = map_mirror(node)
+        return map_children(visit, node) if mirror is None else mirror
+
+    return visit(tree)
+
+
+def map_children(function: Callable[..., Any], node: PyTree, *rest: PyTree) -> PyTree:
+    """Applies `function` to what `node`, and others like it, hold directly.
+
+    A leaf holds nothing and comes back as it is.
+    """
+    top = jax.tree.structure(node, is_leaf=lambda x: x is not node)
+    if jax.tree_util.treedef_is_leaf(top):
+        return node
+    children = [top.flatten_up_to(other) for other in (node, *rest)]
+    return top.unflatten(map(function, *children))
+
+
+def _is_masked_node(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _key_name(key: Any) -> str:
+    match key:
+        case DictKey(key=name) | GetAttrKey(name=name):
+            return str(name)
+        case SequenceKey(idx=index) | FlattenedIndexKey(key=index):
+            return str(index)
+    return str(key)

@@ -1,0 +1,186 @@
+"""Exact selection against NumPy's stable sort."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agp_jax.selection import LOWEST, Entrant, keep_largest, ordered_bits, tied
+
+HIGHEST = 2**31 - 1
+
+# The tensors of a selection: shape, contest of each row, position of the first cell.
+LAYOUTS = {
+    "scalar": [((), 0, 0)],
+    "one cell": [((1, 1), 0, 0)],
+    "vector": [((13,), 0, 0)],
+    "awkward shape": [((7, 11, 13), 0, 0)],
+    "rows": [((5, 8, 3), range(5), 0)],
+    "rows of one cell": [((6,), range(6), 0)],
+    "rows of rows": [((2, 3, 4), [[3, 1, 5], [0, 4, 2]], 0)],
+    "together": [((5, 7), 0, 24), ((4, 6), 0, 0), ((3,), 0, 59)],
+    "all kinds": [
+        *[((5, 7), 2, 0), ((2, 9), [1, 4], 0), ((3, 3, 3), 2, 35)],
+        *[((17,), 0, 0), ((), 3, 0)],
+    ],
+}
+
+KEYS = {
+    "any": lambda rng, shape: rng.integers(LOWEST, 2**31, shape),
+    "few": lambda rng, shape: rng.integers(-1, 2, shape),
+    "equal": lambda rng, shape: np.full(shape, rng.integers(-5, 5)),
+    "removed": lambda rng, shape: np.full(shape, LOWEST),
+    "partly removed": lambda rng, shape: rng.choice([LOWEST, 3, 4], shape),
+    "extreme": lambda rng, shape: rng.choice(
+        [LOWEST, LOWEST + 1, -1, 0, 1, HIGHEST - 1, HIGHEST], shape
+    ),
+    "close": lambda rng, shape: 2**30 + rng.integers(0, 3, shape),
+}
+
+
+def cells_of(layout):
+    """For every cell, tensor by tensor: its contest and its position in there."""
+    contests, positions = [], []
+    for shape, numbers, first in LAYOUTS[layout]:
+        rows = np.asarray(numbers)
+        num_cells = math.prod(shape[rows.ndim :])
+        contests += [np.repeat(rows.ravel(), num_cells)]
+        positions += [first + np.tile(np.arange(num_cells), rows.size)]
+    return np.concatenate(contests), np.concatenate(positions)
+
+
+def oracle(layout, keys, num_kept):
+    contests, positions = cells_of(layout)
+    flat = np.concatenate([np.ravel(x) for x in keys]).astype(np.int64)
+    order = np.lexsort((positions, -flat, contests))
+    kept = np.zeros(flat.size, bool)
+    for contest, k in enumerate(num_kept):
+        kept[order[contests[order] == contest][:k]] = True
+    ends = np.cumsum([np.size(x) for x in keys])[:-1]
+    return [
+        part.reshape(x.shape)
+        for part, x in zip(np.split(kept, ends), keys, strict=True)
+    ]
+
+
+@functools.cache
+def selector(layout):
+    num_cells = np.bincount(cells_of(layout)[0]).astype(np.int32)
+
+    @jax.jit
+    def select(keys, num_kept):
+        entrants = [
+            Entrant(lambda pace, x=x: tied(pace, x)[0], shape, np.int32(numbers), first)
+            for x, (shape, numbers, first) in zip(keys, LAYOUTS[layout], strict=True)
+        ]
+        return keep_largest(entrants, num_kept, num_cells)
+
+    return select, num_cells
+
+
+@pytest.mark.parametrize("kind", KEYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exactly_the_largest_stay_and_the_first_of_equals(layout, kind):
+    select, num_cells = selector(layout)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        shapes = [shape for shape, _, _ in LAYOUTS[layout]]
+        keys = [np.int32(KEYS[kind](rng, shape)) for shape in shapes]
+        counts = [rng.integers(1, num_cells + 1) for _ in range(3)]
+        for num_kept in (*counts, num_cells, np.ones_like(num_cells)):
+            num_kept = np.int32(num_kept)
+            ours = select([jnp.asarray(x) for x in keys], num_kept)
+            theirs = oracle(layout, keys, num_kept)
+            for x, y in zip(ours, theirs, strict=True):
+                assert x.dtype == bool
+                np.testing.assert_array_equal(x, y)
+
+
+def test_every_count_of_a_vector_is_met():
+    select, _ = selector("vector")
+    keys = [np.int32([5, -3, 5, 0, 5, HIGHEST, LOWEST, 0, 0, 5, -3, 7, LOWEST])]
+    for k in range(1, 14):
+        (kept,) = select(keys, np.int32([k]))
+        assert kept.sum() == k
+        np.testing.assert_array_equal(kept, oracle("vector", keys, [k])[0])
+
+
+def test_selection_gives_the_same_eagerly():
+    keys = jnp.int32([3, 1, 3, 2])
+    entrant = Entrant(lambda pace: tied(pace, keys)[0], (4,), np.int32(0))
+    (kept,) = keep_largest([entrant], jnp.int32([1]), np.int32([4]))
+    assert kept.tolist() == [True, False, False, False]
+
+
+SMALLEST = np.float32(2**-126)  # the smallest normal number
+FLOATS = np.float32(
+    [
+        *(-np.inf, -3.4e38, -1.0, -np.nextafter(SMALLEST, 1), -SMALLEST),
+        *(-SMALLEST / 2, -1e-45, 0.0, 1e-45, 3e-45, SMALLEST / 2, SMALLEST),
+        *(0.5, np.nextafter(np.float32(1), 0), 1.0, np.nextafter(np.float32(1), 2)),
+        *(3.4e38, np.finfo(np.float32).max, np.inf),
+    ]
+)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
+def test_keys_order_as_the_floats_do_denormals_included(transform):
+    assert (np.diff(FLOATS) > 0).all()
+    keys = np.asarray(transform(ordered_bits)(jnp.asarray(FLOATS)), np.int64)
+    assert (np.diff(keys) > 0).all(), keys
+
+
+def test_keys_of_random_floats_order_as_they_do():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
+    floats = np.sort(bits[np.isfinite(bits) & (np.abs(bits) >= SMALLEST)])
+    keys = np.asarray(ordered_bits(jnp.asarray(floats)), np.int64)
+    assert ((np.diff(keys) > 0) == (np.diff(floats) > 0)).all()
+    assert (np.diff(keys) >= 0).all()
+
+
+def test_both_zeros_have_one_key_and_finite_keys_lie_above_the_lowest():
+    plus, minus = ordered_bits(jnp.float32([0.0, -0.0]))
+    assert plus == minus
+    least = ordered_bits(jnp.float32([-np.finfo(np.float32).max, -np.inf]))
+    assert (least > LOWEST).all()
+    assert ordered_bits(jnp.ones(3)).dtype == jnp.int32
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_floats_are_ranked_as_the_float32_they_are(dtype):
+    values = jnp.asarray(np.random.default_rng(1).normal(size=500), dtype)
+    expected = ordered_bits(jnp.asarray(np.asarray(values, np.float32)))
+    np.testing.assert_array_equal(ordered_bits(values), expected)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_nothing_large_is_sorted_gathered_or_flattened():
+    def select(keys):
+        entrant = Entrant(lambda pace: tied(pace, keys)[0], (64, 96), np.int32(0))
+        return keep_largest([entrant], jnp.int32([999]), np.int32([64 * 96]))
+
+    jaxpr = jax.make_jaxpr(select)(jnp.zeros((64, 96), jnp.int32))
+    names = set()
+    for equation in equations(jaxpr.jaxpr):
+        name = equation.primitive.name
+        names.add(name)
+        sizes = [math.prod(x.aval.shape) for x in (*equation.invars, *equation.outvars)]
+        if max(sizes, default=0) > 64:
+            assert not name.startswith(
+                ("sort", "top_k", "gather", "scatter", "reshape", "cumsum", "concat")
+            ), equation
+    assert "while" in names and not names & {"sort", "top_k", "approx_top_k"}

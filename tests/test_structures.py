@@ -1,0 +1,396 @@
+"""Structures against plain loops over boxes."""
+
+import functools
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import agp_jax as agp
+from agp_jax.shardings import split_axis
+from agp_jax.structures import (
+    any_in_boxes,
+    box_shape,
+    fill_boxes,
+    grid_shape,
+    num_cells,
+    sum_boxes,
+)
+
+# Structure, shape of the tensor, shape of its boxes written by hand.
+BOXES = {
+    "scalar": (agp.element(), (), ()),
+    "vector": (agp.element(), (7,), (1,)),
+    "conv elements": (agp.element(), (3, 2, 5, 4), (1, 1, 1, 1)),
+    "1x1x8": (agp.block((1, 1, 8, 1)), (3, 3, 16, 5), (1, 1, 8, 1)),
+    "blocks": (agp.block((2, 3)), (6, 9), (2, 3)),
+    "one block": (agp.block((6, 9)), (6, 9), (6, 9)),
+    "block of rows": (agp.block([4]), (12,), (4,)),
+    "filters of conv": (agp.filters(), (3, 3, 4, 6), (3, 3, 4, 1)),
+    "filters of dense": (agp.filters(), (5, 7), (5, 1)),
+    "filters of bias": (agp.filters(), (7,), (1,)),
+    "filters first": (agp.filters(axis=0), (5, 7), (1, 7)),
+    "channels of conv": (agp.channels(), (3, 3, 4, 6), (3, 3, 1, 6)),
+    "channels of dense": (agp.channels(), (5, 7), (1, 7)),
+    "heads": (agp.heads(3), (5, 12), (5, 4)),
+    "one head": (agp.heads(1), (5, 12), (5, 12)),
+    "heads in the middle": (agp.heads(2, axis=1), (5, 4, 3), (5, 2, 3)),
+    "heads of projections": (agp.heads(4, axis=-2), (5, 4, 3), (5, 1, 3)),
+    "n:m": (agp.n_m(2, 4), (8, 3), (1, 1)),
+}
+each_box = pytest.mark.parametrize("structure, shape, box", BOXES.values(), ids=BOXES)
+
+
+def boxes(shape, box):
+    """The slices of all boxes, in row-major order of the grid."""
+    starts = [range(0, size, part) for size, part in zip(shape, box, strict=True)]
+    for corner in itertools.product(*starts):
+        yield tuple(slice(x, x + b) for x, b in zip(corner, box, strict=True))
+
+
+def whole_numbers(seed, shape, low=-50, high=50):
+    """Weights whose sums are exact in float32 in any order."""
+    return np.random.default_rng(seed).integers(low, high, shape).astype(np.float32)
+
+
+@each_box
+def test_a_structure_cuts_into_these_boxes(structure, shape, box):
+    assert box_shape(structure, shape) == box
+    grid = grid_shape(box, shape)
+    assert num_cells(structure, shape) == math.prod(grid) == len([*boxes(shape, box)])
+
+
+@functools.cache
+def reduce_all(rows):
+    """(values, sums, any above 40, sums filled in) of every tensor in `BOXES`."""
+
+    @jax.jit
+    def reduce(values):
+        result = {}
+        for name, (_, _, box) in BOXES.items():
+            sums = sum_boxes(values[name], box)
+            some = any_in_boxes(values[name] > 40, box)
+            result[name] = values[name], sums, some, fill_boxes(sums, box)
+        return result
+
+    values = {
+        name: whole_numbers(seed, (*rows, *shape))
+        for seed, (name, (_, shape, _)) in enumerate(BOXES.items())
+    }
+    return jax.tree.map(np.asarray, reduce(values))
+
+
+@pytest.mark.parametrize("rows", [(), (2, 3)])
+@pytest.mark.parametrize("name", BOXES)
+def test_boxes_are_summed_and_filled_like_loops_do(name, rows):
+    _, shape, box = BOXES[name]
+    values, sums, some, filled = reduce_all(rows)[name]
+    assert sums.shape == some.shape == (*rows, *grid_shape(box, shape))
+    flat = sums.reshape(*rows, -1), some.reshape(*rows, -1)
+    for i, where in enumerate(boxes(shape, box)):
+        part = values[(..., *where)]
+        axes = tuple(range(len(rows), part.ndim))
+        assert (flat[0][..., i] == part.sum(axes)).all()
+        assert (flat[1][..., i] == (part > 40).any(axes)).all()
+        assert filled[(..., *where)].shape == part.shape
+        assert (filled[(..., *where)] == part.sum(axes, keepdims=True)).all()
+
+
+def test_an_axis_splits_into_groups_of_neighbours():
+    split = split_axis(jnp.arange(12).reshape(2, 6), 1, 3)
+    assert split.tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
+
+
+def prune_by(structure, final, **options):
+    """A jitted function (weights, step, mask) -> mask, events at 0, 1 and 2."""
+    schedule = agp.polynomial_schedule(final, begin_step=0, end_step=2, power=1.0)
+    rules = [agp.Rule("w", structure, schedule, **options)]
+
+    @jax.jit
+    def make(weights, step, mask):
+        return agp.make_masks({"w": weights}, rules, step, {"w": mask})["w"]
+
+    return make
+
+
+def loop_mask(weights, box, num_removed, mask, score=np.abs):
+    """What stays, by a loop over boxes and a stable sort of their scores."""
+    cells = list(boxes(weights.shape, box))
+    alive = [mask[where].any() for where in cells]
+    scores = [score(np.where(mask, weights, 0)[where]).sum() for where in cells]
+    order = np.lexsort((np.arange(len(cells)), -np.array(scores), ~np.array(alive)))
+    kept = np.zeros(weights.shape, bool)
+    for i in order[: len(cells) - num_removed]:
+        kept[cells[i]] = True
+    return kept & mask
+
+
+N_OF_M = {  # n, m, axis, shape of the tensor
+    "2:4": (2, 4, -2, (8, 5)),
+    "1:4 of conv": (1, 4, -2, (3, 3, 8, 2)),
+    "2:4 along the last axis": (2, 4, -1, (3, 12)),
+    "3:4 along the first axis": (3, 4, 0, (4, 3, 2)),
+    "1:2 in the middle": (1, 2, 1, (3, 6, 2)),
+    "4:8 of a vector": (4, 8, -1, (16,)),
+    "1:1": (1, 1, -1, (5,)),
+    "4:4": (4, 4, -2, (8, 5)),
+}
+
+
+def n_m_mask(weights, m, axis, num_removed, mask):
+    """In every group of m the smallest go, later ones first among equals."""
+    scores = np.where(mask, np.abs(weights), -1)
+    scores = np.moveaxis(scores, axis, -1)
+    groups = scores.reshape(*scores.shape[:-1], -1, m)
+    kept = np.zeros(groups.shape, bool)
+    best = np.argsort(-groups, axis=-1, kind="stable")[..., : m - num_removed]
+    np.put_along_axis(kept, best, True, -1)
+    return np.moveaxis(kept.reshape(scores.shape), -1, axis) & mask
+
+
+@functools.cache
+def prune_all(dtype):
+    """[(level, weights, masks before, masks after)] of all tensors, event by event.
+
+    The weights take few values: many scores are equal, and the first cell must win.
+    """
+    tensors = {
+        name: (shape, structure, 0.75)
+        for name, (structure, shape, _) in BOXES.items()
+        if not structure.keep_n_of_m
+    }
+    tensors |= {
+        name: (shape, agp.n_m(n, m, axis=axis), 1 - n / m)
+        for name, (n, m, axis, shape) in N_OF_M.items()
+    }
+    rules = [
+        agp.Rule(
+            re.escape(name),
+            structure,
+            agp.polynomial_schedule(final, begin_step=0, end_step=2, power=1.0),
+        )
+        for name, (_, structure, final) in tensors.items()
+    ]
+    make = jax.jit(
+        lambda weights, step, masks: agp.make_masks(weights, rules, step, masks)
+    )
+    history = []
+    for seed in range(3):
+        masks = {name: np.ones(shape, bool) for name, (shape, _, _) in tensors.items()}
+        for step in range(3):
+            weights = {
+                name: jnp.asarray(
+                    whole_numbers(10 * seed + step, x.shape, -3, 4), dtype
+                )
+                for name, x in masks.items()
+            }
+            after = jax.tree.map(np.asarray, make(weights, step, masks))
+            values = {name: np.asarray(x, np.float32) for name, x in weights.items()}
+            history.append((step / 2, values, masks, after))
+            masks = after
+    return history
+
+
+each_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+
+
+@each_dtype
+@pytest.mark.parametrize("name", [x for x in BOXES if not BOXES[x][0].keep_n_of_m])
+def test_the_mask_is_that_of_a_loop_over_boxes(name, dtype):
+    structure, shape, box = BOXES[name]
+    count = num_cells(structure, shape)
+    for level, weights, before, after in prune_all(dtype):
+        removed = min(int(0.75 * level * count), count - 1)
+        expected = loop_mask(weights[name], box, removed, before[name])
+        assert after[name].dtype == bool
+        np.testing.assert_array_equal(after[name], expected)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", N_OF_M)
+def test_n_of_m_are_reached_gradually(name, dtype):
+    n, m, axis, _ = N_OF_M[name]
+    for level, weights, before, after in prune_all(dtype):
+        removed = int((1 - n / m) * level * m)
+        expected = n_m_mask(weights[name], m, axis, removed, before[name])
+        np.testing.assert_array_equal(after[name], expected)
+        groups = np.moveaxis(after[name], axis, -1).reshape(-1, m)
+        assert (groups.sum(-1) == m - removed).all()
+    assert level == 1 and (groups.sum(-1) == n).all()
+
+
+def test_1x1x8_blocks_prune_as_published():
+    make = prune_by(agp.block((1, 1, 8, 1)), 0.7)
+    weights = np.random.default_rng(0).normal(size=(3, 3, 64, 64)).astype(np.float32)
+    mask = np.asarray(make(weights, 2, np.ones(weights.shape, bool)))
+    scores = np.zeros((3, 3, 8, 64))
+    for h, w, i, o in np.ndindex(3, 3, 8, 64):
+        scores[h, w, i, o] = np.abs(weights[h, w, 8 * i : 8 * i + 8, o]).sum()
+        assert mask[h, w, 8 * i : 8 * i + 8, o].all() == mask[h, w, 8 * i, o]
+    assert mask.sum() == 11_064  # of 4608 blocks int(0.7 * 4608) = 3225 are gone
+    kept = mask[:, :, ::8]
+    assert scores[kept].min() >= scores[~kept].max() * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("score", [jnp.abs, jnp.square, lambda w: -w])
+def test_a_cells_score_is_the_sum_over_its_weights(score):
+    weights = whole_numbers(3, (6, 8), -9, 9)
+    mask = prune_by(agp.filters(), 0.5, score=score)(weights, 2, np.ones((6, 8), bool))
+    expected = loop_mask(
+        weights, (6, 1), 4, np.ones((6, 8), bool), lambda w: np.asarray(score(w))
+    )
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_sums_have_the_same_bits_in_any_order():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(96, 5)).astype(np.float32)
+    values *= np.float32(10) ** rng.integers(-6, 7, (96, 5))
+    orders = [values, values[::-1], rng.permutation(values), np.sort(values, axis=0)]
+    sums = [np.asarray(sum_boxes(jnp.asarray(x), (96, 1))) for x in orders]
+    for other in sums[1:]:
+        np.testing.assert_array_equal(other.view(np.int32), sums[0].view(np.int32))
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_every_sum_is_accurate_beside_much_larger_ones(signs):
+    rng = np.random.default_rng(0)
+    scales = np.float32(10) ** np.arange(-30, 31, 4, dtype=np.float32)
+    values = np.abs(rng.normal(size=(3, 64, 16))).astype(np.float32) * scales
+    if signs:
+        values[:, :16] *= -1
+    sums = np.asarray(jax.jit(lambda x: sum_boxes(x, (64, 1)))(values))
+    exact = values.astype(np.float64)
+    error = np.abs(sums - exact.sum(1, keepdims=True))
+    assert (error <= 2e-6 * np.abs(exact).sum(1, keepdims=True)).all()
+
+
+def test_a_sum_that_is_not_finite_spoils_no_other():
+    values = np.abs(whole_numbers(0, (3, 4, 6))) * np.float32(1000)
+    expected = values.sum(1, keepdims=True)
+    for bad in (np.nan, np.inf):
+        values[1, 2, 3] = bad
+        sums = np.asarray(sum_boxes(jnp.asarray(values), (4, 1)))
+        spoiled = np.arange(3) == 1, np.arange(6) == 3
+        fine = ~(spoiled[0][:, None] & spoiled[1])[:, None]
+        np.testing.assert_array_equal(sums[fine], expected[fine])
+
+
+def test_scores_of_any_range_rank_filters():
+    scales = np.float32(10) ** -np.arange(12, dtype=np.float32)
+    weights = np.abs(whole_numbers(0, (8, 12), 1, 9)) * scales  # falling by tenths
+    make = prune_by(agp.filters(), 0.17, score=jnp.square)  # two of twelve go
+    for order in (slice(None), slice(None, None, -1)):
+        mask = np.asarray(make(weights[:, order], 2, np.ones((8, 12), bool)))
+        assert mask[0, order].tolist() == [True] * 10 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    "structure, shape",
+    [
+        (agp.filters(), (4, 3)),
+        (agp.channels(), (3, 4)),
+        (agp.heads(3), (2, 6)),
+        (agp.block((2, 2)), (2, 6)),
+        (agp.filters(), (4, 1)),
+        (agp.element(), (1,)),
+    ],
+    ids=str,
+)
+def test_the_last_cell_always_stays(structure, shape):
+    mask = prune_by(structure, 0.9999999)(
+        whole_numbers(0, shape, 1, 9), 2, np.ones(shape, bool)
+    )
+    box = box_shape(structure, shape)
+    cells = [np.asarray(mask)[where] for where in boxes(shape, box)]
+    assert sum(cell.all() for cell in cells) == 1
+    assert sum(cell.any() for cell in cells) == 1
+
+
+def test_a_partly_masked_cell_is_ranked_by_what_is_left_of_it():
+    weights = np.array([[9, 1, 4], [9, 1, 4]], np.float32)
+    mask = np.array([[False, True, True], [False, True, True]])
+    mask = mask | np.array([[True, False, False], [False, False, False]])
+    kept = prune_by(agp.filters(), 0.34)(weights, 2, mask)
+    assert kept.tolist() == [[True, False, True], [False, False, True]]
+
+
+def test_two_of_four_go_one_after_the_other():
+    make = prune_by(agp.n_m(2, 4, axis=-1), 0.5)
+    weights = np.array([[1, 2, 3, 4, 5, 5, 5, 5]], np.float32)
+    mask = np.ones((1, 8), bool)
+    for expected in ([1] * 8, [0, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 0, 0]):
+        mask = make(weights, expected.count(0) // 2, mask)
+        assert mask[0].tolist() == [bool(x) for x in expected]
+
+
+@pytest.mark.parametrize(
+    "structure, shape, named",
+    [
+        (agp.block((4, 4)), (5, 8), r"block\(\(4, 4\)\).*\(5, 8\).*\(4, 4\)"),
+        (agp.block((1, 8)), (3, 3, 16, 5), r"block\(\(1, 8\)\).*\(3, 3, 16, 5\)"),
+        (agp.block((3,)), (), r"\(\)"),
+        (agp.filters(axis=2), (5, 8), r"2.*\(5, 8\)"),
+        (agp.filters(axis=-3), (5, 8), r"-3.*\(5, 8\)"),
+        (agp.filters(), (), r"-1.*\(\)"),
+        (agp.channels(), (5,), r"-2.*\(5,\)"),
+        (agp.heads(3), (5, 8), r"1.*\(5, 8\).*3"),
+        (agp.heads(9, axis=1), (5, 8), r"1.*\(5, 8\).*9"),
+        (agp.n_m(2, 4), (6, 8), r"n_m\(2, 4, axis=-2\).*\(6, 8\).*6.*4"),
+        (agp.n_m(2, 4), (8,), r"-2.*\(8,\)"),
+        (agp.n_m(2, 4, axis=2), (8, 8), r"2.*\(8, 8\)"),
+    ],
+    ids=str,
+)
+def test_boxes_that_do_not_fit_are_an_error(structure, shape, named):
+    with pytest.raises(ValueError, match=named):
+        box_shape(structure, shape)
+
+
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (lambda: agp.n_m(5, 4), "n=5, m=4"),
+        (lambda: agp.n_m(0, 4), "n=0"),
+        (lambda: agp.n_m(-1, 4), "n=-1"),
+        (lambda: agp.heads(0), "0"),
+        (lambda: agp.heads(-2), "-2"),
+        (lambda: agp.block(()), r"\(\)"),
+        (lambda: agp.block((2, 0)), r"\(2, 0\)"),
+        (lambda: agp.block((1.5, 2)), "1.5"),
+        (lambda: agp.heads(1.5), "1.5"),
+    ],
+)
+def test_impossible_structures_are_an_error_that_names_the_value(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [agp.element(), agp.block((1, 1)), agp.filters(), agp.channels(), agp.heads(2)],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
+def test_an_empty_tensor_gets_an_empty_mask(structure, shape):
+    box = box_shape(structure, shape)
+    assert len(box) == len(shape)
+    rules = [agp.Rule("w", structure, agp.one_shot(0.5))]
+    mask = agp.make_masks({"w": jnp.zeros(shape)}, rules, 0)["w"]
+    assert mask.shape == shape and mask.dtype == bool
+
+
+def test_structures_are_values_with_names():
+    assert agp.block([2, 3]) == agp.block((2, 3))
+    assert hash(agp.filters()) == hash(agp.filters(axis=-1))
+    assert agp.filters() != agp.filters(axis=0)
+    assert agp.n_m(2, 4) != agp.n_m(1, 4)
+    names = ["element()", "block((2, 3))", "n_m(2, 4, axis=-2)", "filters(axis=-1)"]
+    made = [agp.element(), agp.block((2, 3)), agp.n_m(2, 4), agp.filters()]
+    assert [str(structure) for structure in made] == names
+    for structure in made:
+        assert eval(f"agp.{structure}") == structure
