@@ -12,6 +12,31 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from cifar_archives import cifar_contents, write_archive  # noqa: E402
+
+from agp_jax import data  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("digits"))
+    data.prepare("digits", data_dir=directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def digits(digits_dir):
+    return data.load("digits", "train", data_dir=digits_dir)
+
+
+@pytest.fixture(scope="session")
+def cifar_dir(tmp_path_factory):
+    """A few images in CIFAR-10's true format, prepared as the real ones are."""
+    directory = tmp_path_factory.mktemp("cifar")
+    write_archive(directory / "cifar.tar.gz", cifar_contents())
+    data.prepare("cifar10", data_dir=str(directory), source=directory / "cifar.tar.gz")
+    return str(directory)

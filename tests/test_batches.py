@@ -1,0 +1,197 @@
+"""Batches against the source, and augmentation against moves made pixel by pixel."""
+
+import gc
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+from agp_jax.batches import AUGMENTATIONS, Source, eval_batches, train_batches
+
+
+def make_source(size, shape=(4, 4, 1), seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (size, *shape), dtype=np.uint8)
+    return Source(images, np.arange(size, dtype=np.int32))
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(batch, expected):
+    assert batch.keys() == expected.keys()
+    for name in expected:
+        assert batch[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(batch[name], expected[name])
+
+
+@pytest.mark.parametrize("augment", ["none", "shift", "crop_flip"])
+def test_a_batch_is_a_function_of_the_step(digits, augment):
+    options = dict(batch_size=16, seed=5, augment=augment)
+    skipped = take(train_batches(digits, **options), 203)[200:]
+    started = take(train_batches(digits, start_step=200, **options), 3)
+    for batch, expected in zip(started, skipped, strict=True):
+        assert_equal(batch, expected)
+
+
+def test_starting_at_a_late_step_equals_skipping_there():
+    source = make_source(50)
+    skipped = take(train_batches(source, batch_size=8, seed=0), 1001)[1000]
+    started = next(train_batches(source, batch_size=8, seed=0, start_step=1000))
+    assert_equal(started, skipped)
+
+
+@pytest.mark.parametrize("size, batch_size", [(50, 8), (7, 16), (64, 64), (1, 3)])
+def test_each_epoch_sees_each_example_once(size, batch_size):
+    batches = train_batches(make_source(size), batch_size=batch_size, seed=0)
+    count = -(-3 * size // batch_size)
+    seen = np.concatenate([batch["label"] for batch in take(batches, count)])
+    epochs = seen[: 3 * size].reshape(3, size)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(size), (3, 1)))
+    assert size < 50 or len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_images_stay_with_their_labels():
+    source = make_source(50)
+    batch = next(train_batches(source, batch_size=20, seed=0))
+    assert batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(batch["image"], source.images[batch["label"]])
+
+
+def test_seeds_give_other_orders_and_other_augmentations():
+    source = make_source(50)
+    first, second = (
+        next(train_batches(source, batch_size=50, seed=seed)) for seed in (0, 1)
+    )
+    assert (first["label"] != second["label"]).any()
+    source = Source(make_source(1).images.repeat(50, 0), source.labels)
+    first, second = (
+        next(train_batches(source, batch_size=50, seed=seed, augment="shift"))
+        for seed in (0, 1)
+    )
+    assert (first["image"] != second["image"]).any()
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_processes_share_the_batch_of_one(process_count):
+    source = make_source(50)
+    options = dict(batch_size=8, seed=3, start_step=10, augment="crop_flip")
+    whole = take(train_batches(source, **options), 20)
+    for i in range(process_count):
+        part = train_batches(
+            source, process_index=i, process_count=process_count, **options
+        )
+        for batch, expected in zip(take(part, 20), whole, strict=True):
+            mine = {key: value[i::process_count] for key, value in expected.items()}
+            assert_equal(batch, mine)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 31])
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_evaluation_sees_every_example_once_in_order(size, process_count):
+    source = make_source(size)
+    parts = [
+        list(
+            eval_batches(
+                source, batch_size=8, process_index=i, process_count=process_count
+            )
+        )
+        for i in range(process_count)
+    ]
+    batches = [
+        {key: np.concatenate([part[key] for part in batch]) for key in batch[0]}
+        for batch in zip(*parts, strict=True)
+    ]
+    assert len(batches) == -(-size // 8)
+    assert all(len(batch["image"]) == 8 for batch in batches)
+    every = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+    weights = (np.arange(len(batches) * 8) < size).astype(np.float32)
+    np.testing.assert_array_equal(every["weight"], weights)
+    assert every["weight"].dtype == np.float32
+    assert_equal(
+        {"image": every["image"][:size], "label": every["label"][:size]}, source[:]
+    )
+
+
+@pytest.mark.parametrize("stop", ["close", "drop"])
+def test_the_thread_ends_with_the_iterator(stop):
+    batches = train_batches(make_source(50), batch_size=8, seed=0)
+    before = grain_threads()
+    next(batches)
+    (thread,) = grain_threads() - before
+    if stop == "close":
+        batches.close()
+    del batches
+    gc.collect()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+
+
+def grain_threads():
+    return {t for t in threading.enumerate() if t.name.startswith("grain-prefetch")}
+
+
+def test_wrong_options_are_refused_at_once():
+    source, empty = make_source(4), make_source(0)
+    train, evaluate = train_batches, eval_batches
+    with pytest.raises(ValueError, match="multiple of the 3 processes, but it is 8"):
+        train(source, batch_size=8, seed=0, process_count=3)
+    with pytest.raises(ValueError, match="multiple of the 1 processes, but it is 0"):
+        evaluate(source, batch_size=0)
+    with pytest.raises(ValueError, match="process_index 2"):
+        evaluate(source, batch_size=8, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="holds no examples"):
+        evaluate(empty, batch_size=8)
+    with pytest.raises(ValueError, match="'flip' in .*'crop_flip'"):
+        train(source, batch_size=8, seed=0, augment="flip")
+    with pytest.raises(ValueError, match="they are -1 and 0"):
+        train(source, batch_size=8, seed=0, start_step=-1)
+
+
+def moved(image, down, right, mirror):
+    """The image shifted, pixel by pixel, and then perhaps mirrored."""
+    height, width, _ = image.shape
+    result = np.zeros_like(image)
+    for y, x in np.ndindex(height, width):
+        if 0 <= y - down < height and 0 <= x - right < width:
+            to = width - 1 - x if mirror else x
+            result[y, to] = image[y - down, x - right]
+    return result
+
+
+@pytest.mark.parametrize(
+    "augment, reach, mirrors, shape",
+    [("shift", 1, [0], (8, 8, 1)), ("crop_flip", 4, [0, 1], (32, 32, 3))],
+)
+def test_every_move_comes_and_as_often_as_any_other(augment, reach, mirrors, shape):
+    image = make_source(1, shape).images
+    moves = range(-reach, reach + 1)
+    possible = {
+        moved(image[0], *move).tobytes(): move
+        for move in itertools.product(moves, moves, mirrors)
+    }
+    source = Source(image.repeat(3, 0), np.zeros(3, np.int32))
+    count = 20 * len(possible)
+    batches = train_batches(source, batch_size=count, seed=0, augment=augment)
+    counts = dict.fromkeys(possible.values(), 0)
+    for result in next(batches)["image"]:
+        counts[possible[result.tobytes()]] += 1  # a KeyError were an impossible image
+    deviations = (np.array([*counts.values()]) - 20) ** 2 / 20
+    degrees = len(possible) - 1  # chi-squared: its mean; its variance is twice that
+    assert deviations.sum() < degrees + 4 * (2 * degrees) ** 0.5
+    assert min(counts.values()) > 0
+
+
+@pytest.mark.parametrize("augment, reach", [("shift", 1), ("crop_flip", 4)])
+@pytest.mark.parametrize("end", [0, 1])
+def test_extreme_draws_give_extreme_moves(augment, reach, end):
+    images = make_source(2, (8, 8, 3)).images
+    draws = np.full((2, 3), np.nextafter(1, 0) if end else 0.0)
+    offset = -reach if end else reach
+    mirror = augment == "crop_flip" and not end
+    expected = [moved(image, offset, offset, mirror) for image in images]
+    before = images.copy()
+    np.testing.assert_array_equal(AUGMENTATIONS[augment](images, draws), expected)
+    np.testing.assert_array_equal(images, before)
