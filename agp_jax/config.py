@@ -1,0 +1,308 @@
+"""What an experiment is: plain values, checked before anything runs.
+
+A file in `configs/` returns a `Config` from `get_config()`, and the command line
+overrides its fields: `--config.prune.final_sparsity=0.95`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+from agp_jax.batches import AUGMENTATIONS
+from agp_jax.data import DATASETS
+from agp_jax.models import MODELS
+from agp_jax.rules import Rule
+from agp_jax.schedules import Schedule, polynomial_schedule
+
+
+class ConfigError(ValueError):
+    """A config that cannot run: what was expected, what came, what to do."""
+
+
+@dataclasses.dataclass
+class Data:
+    """The images.
+
+    Attributes:
+      name: a dataset of `agp_jax.data.DATASETS`.
+      dir: where TFDS keeps datasets; empty for its usual place.
+      augment: a way of varying training images, of `agp_jax.data.AUGMENTATIONS`.
+    """
+
+    name: str = "digits"
+    dir: str = ""
+    augment: str = "none"
+
+
+@dataclasses.dataclass
+class Model:
+    """The network.
+
+    Attributes:
+      name: a model of `agp_jax.models.MODELS`.
+      width: channels of its first stage; 0 for the published width.
+    """
+
+    name: str = "resnet20"
+    width: int = 0
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """The optimizer that pruning wraps.
+
+    Attributes:
+      name: "sgd" (with momentum) or "adamw".
+      learning_rate: the highest learning rate.
+      warmup_steps: steps over which it rises linearly from zero.
+      decay: "cosine" to zero at the last step, "steps", or "none".
+      decay_at: with "steps", the steps at which the rate is multiplied by
+        `decay_factor`.
+      decay_factor: see `decay_at`.
+      momentum: of "sgd".
+      nesterov: of "sgd".
+      weight_decay: times the weights; added to the gradient ("sgd") or decoupled
+        ("adamw").
+    """
+
+    name: str = "sgd"
+    learning_rate: float = 0.1
+    warmup_steps: int = 0
+    decay: str = "cosine"
+    decay_at: tuple[int, ...] = ()
+    decay_factor: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+
+
+@dataclasses.dataclass
+class Prune:
+    """What is pruned: rules, and the schedule of the rules that bring none.
+
+    Attributes:
+      enabled: False trains the dense baseline.
+      final_sparsity: the fraction of cells to remove.
+      initial_sparsity: the fraction removed at the first event.
+      begin_step: the first event.
+      end_step: no event lies after it.
+      frequency: steps between events.
+      power: exponent of the curve, 3 in arXiv:1710.01878.
+      rules: see `agp.Rule`; the first that matches a parameter wins.
+    """
+
+    enabled: bool = True
+    final_sparsity: float = 0.9
+    initial_sparsity: float = 0.0
+    begin_step: int = 0
+    end_step: int = 0
+    frequency: int = 1
+    power: float = 3.0
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclasses.dataclass
+class Config:
+    """An experiment.
+
+    Attributes:
+      seed: of the initial weights, the order of the data and its augmentation.
+      steps: optimizer steps of the whole run.
+      batch_size: images per step, over all devices.
+      log_every: steps between evaluations, each a line in `metrics.jsonl`.
+      checkpoint_every: steps between checkpoints, a multiple of `log_every`.
+      data, model, optimizer, prune: see their classes.
+    """
+
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 128
+    log_every: int = 100
+    checkpoint_every: int = 500
+    data: Data = dataclasses.field(default_factory=Data)
+    model: Model = dataclasses.field(default_factory=Model)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    prune: Prune = dataclasses.field(default_factory=Prune)
+
+
+def validate(config: Config) -> None:
+    """Checks every value that can be checked without data or model.
+
+    Raises:
+      ConfigError: naming the field, its value and what it may be.
+    """
+    if not isinstance(config, Config):
+        raise ConfigError(f"get_config() must return a Config, got {config!r}")
+    _check_types(config, "")
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+        _require(config, name, lambda x: x > 0, "at least 1")
+    _require(config, "seed", lambda x: 0 <= x < 2**32, "in [0, 2**32)")
+    _require(
+        config,
+        "checkpoint_every",
+        lambda x: x % config.log_every == 0,
+        f"a multiple of log_every, which is {config.log_every}",
+    )
+    _require_one_of(config, "data.name", DATASETS)
+    _require_one_of(config, "data.augment", AUGMENTATIONS)
+    _require_one_of(config, "model.name", MODELS)
+    _require(config, "model.width", lambda x: x >= 0, "0 (published) or positive")
+    _require_one_of(config, "optimizer.name", ("sgd", "adamw"))
+    _require_one_of(config, "optimizer.decay", ("cosine", "steps", "none"))
+    _require(config, "optimizer.learning_rate", lambda x: 0 < x < math.inf, "positive")
+    _require(config, "optimizer.momentum", lambda x: 0 <= x < 1, "in [0, 1)")
+    _require(
+        config, "optimizer.weight_decay", lambda x: 0 <= x < math.inf, "at least 0"
+    )
+    _require(
+        config,
+        "optimizer.warmup_steps",
+        lambda x: 0 <= x < config.steps,
+        f"in [0, steps), and steps is {config.steps}",
+    )
+    make_rules(config)
+
+
+def make_rules(config: Config) -> tuple[Rule, ...]:
+    """The rules of the run, each with its schedule; none where pruning is off.
+
+    Raises:
+      ConfigError: if a schedule cannot be followed, does not end within the run, or
+        no rule prunes.
+    """
+    prune = config.prune
+    if not prune.enabled:
+        return ()
+    for rule in prune.rules:
+        if not isinstance(rule, Rule):
+            raise ConfigError(f"config.prune.rules must be agp.Rules, got {rule!r}")
+    try:
+        shared = polynomial_schedule(
+            prune.final_sparsity,
+            begin_step=prune.begin_step,
+            end_step=prune.end_step,
+            frequency=prune.frequency,
+            initial_sparsity=prune.initial_sparsity,
+            power=prune.power,
+        )
+        rules = tuple(
+            dataclasses.replace(rule, schedule=shared)
+            if rule.structure and not rule.schedule
+            else rule
+            for rule in prune.rules
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.prune: {error}") from None
+    if not any(rule.structure for rule in rules):
+        raise ConfigError(
+            "config.prune.rules prune nothing; set config.prune.enabled=False to train "
+            "a dense model"
+        )
+    for rule in rules:
+        if rule.schedule and rule.schedule.end_step > config.steps:
+            raise ConfigError(
+                f"{rule} ends at step {rule.schedule.end_step}, after the run's last "
+                f"step {config.steps}: raise config.steps or lower "
+                f"config.prune.end_step"
+            )
+    return rules
+
+
+def make_learning_rate(config: Config) -> optax.Schedule:
+    """The learning rate by step."""
+    optimizer = config.optimizer
+    rest = config.steps - optimizer.warmup_steps
+    match optimizer.decay:
+        case "cosine":
+            decay = optax.cosine_decay_schedule(optimizer.learning_rate, rest)
+        case "steps":
+            decay = optax.piecewise_constant_schedule(
+                optimizer.learning_rate,
+                {
+                    step - optimizer.warmup_steps: optimizer.decay_factor
+                    for step in optimizer.decay_at
+                },
+            )
+        case _:
+            decay = optax.constant_schedule(optimizer.learning_rate)
+    if not optimizer.warmup_steps:
+        return decay
+    warmup = optax.linear_schedule(0.0, optimizer.learning_rate, optimizer.warmup_steps)
+    return optax.join_schedules([warmup, decay], [optimizer.warmup_steps])
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """The optimizer, not yet wrapped for pruning."""
+    optimizer = config.optimizer
+    learning_rate = make_learning_rate(config)
+    if optimizer.name == "adamw":
+        return optax.adamw(learning_rate, weight_decay=optimizer.weight_decay)
+    return optax.chain(
+        optax.add_decayed_weights(optimizer.weight_decay),
+        optax.sgd(learning_rate, optimizer.momentum, optimizer.nesterov),
+    )
+
+
+def to_dict(value: Any) -> Any:
+    """A config, or a part of one, as JSON values: what is saved and compared."""
+    match value:
+        case Rule():
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            score = fields.pop("score")
+            return to_dict(fields) | {"score": getattr(score, "__name__", str(score))}
+        case Schedule():
+            return dataclasses.asdict(value)
+        case dict():
+            return {str(key): to_dict(item) for key, item in value.items()}
+        case list() | tuple():
+            return [to_dict(item) for item in value]
+        case bool() | int() | float() | str() | None:
+            return value
+    if type(value) in (Config, Data, Model, Optimizer, Prune):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        fields.pop("dir", None)  # where the data lies is no part of the experiment
+        return to_dict(fields)
+    return str(value)
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    """Every field must hold a value of its default's type; an int may be a float."""
+    default = type(config)()
+    for field in dataclasses.fields(config):
+        value, expected = getattr(config, field.name), getattr(default, field.name)
+        kind = type(expected)
+        if kind is float and type(value) is int:
+            continue
+        if kind is tuple and isinstance(value, list):
+            continue
+        if type(value) is not kind:
+            raise ConfigError(
+                f"config.{prefix}{field.name} must be of type {kind.__name__}, got "
+                f"{value!r}"
+            )
+        if dataclasses.is_dataclass(value):
+            _check_types(value, f"{prefix}{field.name}.")
+
+
+def _get(config: Config, name: str) -> Any:
+    value = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _require(config: Config, name: str, holds: Any, expected: str) -> None:
+    value = _get(config, name)
+    if not holds(value):
+        raise ConfigError(f"config.{name} must be {expected}, got {value!r}")
+
+
+def _require_one_of(config: Config, name: str, options: Sequence[str] | Any) -> None:
+    value = _get(config, name)
+    if value not in options:
+        raise ConfigError(
+            f"config.{name} must be one of {', '.join(options)}, got {value!r}"
+        )

@@ -1,0 +1,242 @@
+"""What a run tells: metrics as they come, and a report at the end."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from agp_jax.trees import PyTree, flatten_with_paths
+from agp_jax.workdirs import WorkdirError
+
+_METRICS = "metrics.jsonl"
+
+
+class TensorCount(NamedTuple):
+    """One convolution or dense kernel, and how much of it is left.
+
+    `target` is the sparsity its rule asks for, of it or, with the scope "rule", of all
+    tensors of the rule; None where no rule prunes it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    nonzero: int
+    target: float | None
+    scope: str
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.nonzero / self.weights
+
+
+def count_weights(params: PyTree, matched: PyTree, step: int) -> list[TensorCount]:
+    """Counts the non-zero weights of every kernel: of parameters with two or more axes.
+
+    Biases and normalisation are left out, as they are in published pruning results.
+
+    Args:
+      params: the parameters.
+      matched: the rules by parameter, from `match_rules`.
+      step: the number of updates done, which fixes the targets.
+    """
+    paths, leaves, treedef = flatten_with_paths(params)
+    rules = treedef.flatten_up_to(matched)
+    return [
+        TensorCount(
+            path,
+            leaf.shape,
+            int(count),
+            rule.schedule.sparsity_at(step) if rule else None,
+            rule.scope if rule else "tensor",
+        )
+        for path, leaf, rule, count in zip(
+            paths, leaves, rules, jax.device_get(_count_nonzero(leaves)), strict=True
+        )
+        if leaf.ndim > 1
+    ]
+
+
+@jax.jit
+def _count_nonzero(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in leaves]
+
+
+def total_sparsity(counts: Sequence[TensorCount]) -> float:
+    """The fraction of all counted weights that are zero."""
+    return 1.0 - sum(c.nonzero for c in counts) / sum(c.weights for c in counts)
+
+
+def total_target(counts: Sequence[TensorCount]) -> float:
+    """The fraction of all counted weights that the rules ask to remove."""
+    asked = sum((c.target or 0.0) * c.weights for c in counts)
+    return asked / sum(c.weights for c in counts)
+
+
+def append_metrics(workdir: Path, record: Mapping[str, Any]) -> None:
+    """Adds a line to the metrics of a run."""
+    with open(workdir / _METRICS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run so far; a line cut short by an interruption is left out.
+
+    Raises:
+      WorkdirError: if the file is not what `append_metrics` wrote.
+    """
+    path = workdir / _METRICS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{path} cannot be read: {error}") from error
+
+
+def rewind_metrics(workdir: Path, step: int) -> None:
+    """Forgets the metrics after `step`, where a run starts or resumes.
+
+    Raises:
+      WorkdirError: if the metrics do not reach that step.
+    """
+    records = [r for r in read_metrics(workdir) if r["step"] <= step]
+    if step and (not records or records[-1]["step"] != step):
+        raise WorkdirError(
+            f"{workdir / _METRICS} does not reach step {step}, where the run resumes: "
+            f"put it back, or give a new work directory"
+        )
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    _write_atomically(workdir / _METRICS, text)
+
+
+def write_summary(workdir: Path, summary: Mapping[str, Any]) -> Path:
+    """Writes `summary.json`."""
+    path = workdir / "summary.json"
+    _write_atomically(path, json.dumps(summary, indent=2) + "\n")
+    return path
+
+
+def plot_metrics(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Draws sparsity and accuracy against steps; the path of the picture."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    accuracy_axis = figure.subplots()
+    sparsity_axis = accuracy_axis.twinx()
+    steps = [r["step"] for r in records]
+    sparsity_axis.plot(
+        steps,
+        [100 * r["sparsity_target"] for r in records],
+        color="tab:orange",
+        linewidth=5,
+        alpha=0.3,
+        label="sparsity asked",
+    )
+    sparsity_axis.plot(
+        steps,
+        [100 * r["sparsity"] for r in records],
+        color="tab:orange",
+        label="sparsity",
+    )
+    accuracy_axis.plot(
+        steps,
+        [100 * r["test_accuracy"] for r in records],
+        color="tab:blue",
+        label="test accuracy",
+    )
+    accuracy_axis.set(xlabel="step", ylabel="test accuracy (%)")
+    sparsity_axis.set(ylabel="zero weights (%)", ylim=(0, 100))
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    path = workdir / "sparsity_and_accuracy.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def print_table(console: Console, counts: Sequence[TensorCount]) -> None:
+    """Prints a line for each tensor and one for all."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("tensor", overflow="fold")
+    for name in ("shape", "weights", "non-zero", "sparsity", "target"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for count in counts:
+        table.add_row(
+            count.path,
+            "x".join(map(str, count.shape)),
+            f"{count.weights:,}",
+            f"{count.nonzero:,}",
+            f"{count.sparsity:.2%}",
+            _describe_target(count),
+        )
+    table.add_row(
+        "total",
+        "",
+        f"{sum(c.weights for c in counts):,}",
+        f"{sum(c.nonzero for c in counts):,}",
+        f"{total_sparsity(counts):.2%}",
+        f"{total_target(counts):.2%}",
+    )
+    console.print()
+    console.print(table)
+    console.print()
+
+
+def _describe_target(count: TensorCount) -> str:
+    if count.target is None:
+        return "dense"
+    return f"{count.target:.2%}" + (" of all" if count.scope == "rule" else "")
+
+
+@contextlib.contextmanager
+def show_progress(
+    console: Console, first_step: int, num_steps: int
+) -> Iterator[Callable[[int, str], None]]:
+    """Shows how far a run is: a live line on a terminal, else a line per message.
+
+    Yields a function of the steps done and of a message, empty to keep the last one.
+    """
+    if not console.is_terminal:
+
+        def print_line(step: int, message: str) -> None:
+            if message:
+                console.print(f"step {step}/{num_steps}  {message}", soft_wrap=True)
+
+        yield print_line
+        return
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling", total=num_steps, completed=first_step)
+
+        def move_bar(step: int, message: str) -> None:
+            progress.update(task, completed=step, description=message or None)
+
+        yield move_bar
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,294 @@
+"""Real training on the digits, stopped, resumed and compared bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import agp_jax as agp
+from agp_jax import checkpoint, loop, reports
+from agp_jax.config import Config, ConfigError, Data, Model, Optimizer, Prune
+from agp_jax.experiment import init_state, set_up
+from agp_jax.workdirs import WorkdirError
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_config(data_dir, **changes):
+    prune = Prune(
+        final_sparsity=0.8,
+        begin_step=5,
+        end_step=20,
+        frequency=5,
+        rules=(agp.Rule(".*/kernel", agp.element()),),
+    )
+    options = dict(
+        steps=30,
+        batch_size=64,
+        log_every=5,
+        checkpoint_every=5,
+        data=Data(dir=data_dir, augment="shift"),
+        model=Model(name="mlp", width=32),
+        optimizer=Optimizer(name="adamw", learning_rate=0.01),
+        prune=prune,
+    )
+    return Config(**(options | changes))
+
+
+def run_quietly(config, workdir):
+    return loop.run(config, workdir, Console(quiet=True))
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(Console):
+    """A console that ends the run when it shows a certain step."""
+
+    def __init__(self, step):
+        super().__init__(file=open(os.devnull, "w"))
+        self.stop_at = f"step {step}/"
+
+    def print(self, *lines, **options):
+        if str(lines[0]).startswith(self.stop_at):
+            self.file.close()
+            raise Stop
+
+
+def state_on_disk(workdir, config):
+    shapes = set_up(config).shapes
+    with checkpoint.open_checkpoints(workdir) as manager:
+        return checkpoint.restore(manager, loop._as_items(shapes))
+
+
+def assert_same_run(workdir, reference, config):
+    (step, state), (expected_step, expected) = (
+        state_on_disk(directory, config) for directory in (workdir, reference)
+    )
+    assert step == expected_step
+    paths = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, a), b in zip(paths, jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    metrics, expected_metrics = (
+        [r | {"examples_per_second": 0} for r in reports.read_metrics(directory)]
+        for directory in (workdir, reference)
+    )
+    assert metrics == expected_metrics
+    for name in ("summary.json",):
+        assert (workdir / name).read_text() == (reference / name).read_text()
+
+
+@pytest.fixture(scope="module")
+def config(digits_dir):
+    return tiny_config(digits_dir)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run_quietly(config, workdir)
+    return workdir
+
+
+def test_a_run_leaves_what_it_learned(uninterrupted, config):
+    records = reports.read_metrics(uninterrupted)
+    assert [r["step"] for r in records] == [5, 10, 15, 20, 25, 30]
+    levels = {0: 0.0, 5: 0.0, 10: 0.8 * 19 / 27, 15: 0.8 * 26 / 27, 20: 0.8}
+    sizes = [64 * 32, 32 * 16, 16 * 10]
+    for record in records:
+        level = levels[min(record["step"], 20)]
+        gone = sum(int(level * size) for size in sizes)
+        np.testing.assert_allclose(record["sparsity"], gone / sum(sizes))
+        np.testing.assert_allclose(record["sparsity_target"], level)
+    assert records[0].keys() >= {
+        "loss",
+        "train_accuracy",
+        "test_accuracy",
+        "learning_rate",
+        "examples_per_second",
+    }
+    assert records[-1]["loss"] < records[0]["loss"]
+
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["step"] == 30 and summary["params"] == sum(sizes)
+    assert summary["nonzero"] == sum(size - int(0.8 * size) for size in sizes)
+    assert summary["sparsity"] == 1 - summary["nonzero"] / summary["params"]
+    assert summary["all_params"] == sum(sizes) + 32 + 16 + 10
+    assert summary["test_accuracy"] == records[-1]["test_accuracy"]
+    assert summary["config"]["prune"]["final_sparsity"] == 0.8
+    assert (uninterrupted / "sparsity_and_accuracy.png").stat().st_size > 1000
+
+
+def test_the_best_checkpoint_is_one_at_target_sparsity(uninterrupted):
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    accuracies = {
+        r["step"]: r["test_accuracy"] for r in reports.read_metrics(uninterrupted)
+    }
+    at_target = {step: a for step, a in accuracies.items() if step >= 20}
+    assert summary["best_step"] in at_target
+    assert summary["best_test_accuracy"] == max(at_target.values())
+
+
+def test_the_weights_alone_can_be_had(uninterrupted, config):
+    variables = checkpoint.restore_variables(uninterrupted, step="latest")
+    kernel = variables["params"]["hidden0"]["kernel"]
+    assert (kernel == 0).sum() == int(0.8 * kernel.size)
+    _, state = state_on_disk(uninterrupted, config)
+    np.testing.assert_array_equal(
+        kernel, state["variables"]["params"]["hidden0"]["kernel"]
+    )
+
+
+def test_the_same_command_again_changes_nothing(uninterrupted, config):
+    before = reports.read_metrics(uninterrupted)
+    summary = (uninterrupted / "summary.json").read_text()
+    run_quietly(config, uninterrupted)
+    assert reports.read_metrics(uninterrupted) == before
+    assert (uninterrupted / "summary.json").read_text() == summary
+
+
+@pytest.mark.parametrize("step", [5, 15, 20, 25])
+def test_a_run_stopped_at_an_event_ends_as_if_it_had_not_been(
+    uninterrupted, config, tmp_path, step
+):
+    # Stopped when a step is shown, before it is saved: resumes at the one before.
+    workdir = tmp_path / "run"
+    with pytest.raises(Stop):
+        loop.run(config, workdir, StopAt(step))
+    run_quietly(config, workdir)
+    assert_same_run(workdir, uninterrupted, config)
+
+
+def test_checkpoints_between_events_resume_to_the_same_end(digits_dir, tmp_path):
+    config = tiny_config(digits_dir, log_every=4, checkpoint_every=8)
+    run_quietly(config, tmp_path / "reference")
+    with pytest.raises(Stop):
+        loop.run(config, tmp_path / "run", StopAt(20))
+    run_quietly(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "reference", config)
+
+
+def test_a_changed_config_is_refused_and_the_run_left_as_it_is(
+    uninterrupted, digits_dir
+):
+    def contents():
+        return {p: p.read_bytes() for p in uninterrupted.rglob("*") if p.is_file()}
+
+    before = contents()
+    changed = tiny_config(digits_dir, seed=1)
+    with pytest.raises(WorkdirError, match="seed: 0 in the workdir, 1 asked"):
+        run_quietly(changed, uninterrupted)
+    assert contents() == before
+
+
+def test_rules_that_match_nothing_are_found_before_any_work(digits_dir, tmp_path):
+    config = tiny_config(digits_dir)
+    config.prune.rules = (agp.Rule("hiden0/kernel", agp.element()),)
+    with pytest.raises(ConfigError, match="nearest: hidden0/kernel"):
+        run_quietly(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_must_divide_among_the_devices(digits_dir):
+    with pytest.raises(ConfigError, match="multiple of the 8 devices, got 12"):
+        set_up(tiny_config(digits_dir, batch_size=12))
+
+
+def test_without_pruning_the_model_stays_dense(digits_dir, tmp_path):
+    config = tiny_config(digits_dir, steps=5)
+    config.prune.enabled = False
+    summary = run_quietly(config, tmp_path / "run")
+    assert summary["sparsity"] == 0.0 and summary["best_step"] == 5
+
+
+def test_seeds_give_other_weights(digits_dir):
+    first, second = (
+        init_state(set_up(tiny_config(digits_dir, seed=seed))).params for seed in (0, 1)
+    )
+    assert (first["head"]["kernel"] != second["head"]["kernel"]).any()
+
+
+_TINY_CONFIG = """
+from test_loop import tiny_config
+
+def get_config():
+    return tiny_config({data_dir!r}, steps=400, log_every=20, checkpoint_every=20)
+"""
+
+
+def start(config_file, workdir):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", f"--config={config_file}"]
+        + [f"--workdir={workdir}"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(digits_dir, tmp_path):
+    config_file = tmp_path / "tiny.py"
+    config_file.write_text(_TINY_CONFIG.format(data_dir=digits_dir))
+    reference = start(config_file, tmp_path / "reference")
+    rng = np.random.default_rng(0)
+    num_kills = 0
+    for lines in (1, 6, 12):  # of metrics after which the run is killed
+        process = start(config_file, tmp_path / "run")
+        while process.poll() is None:
+            if len(reports.read_metrics(tmp_path / "run")) >= lines:
+                time.sleep(rng.uniform(0, 0.05))  # to hit training, saving and logging
+                process.send_signal(signal.SIGKILL)
+                num_kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+    assert num_kills > 0
+    for process in (start(config_file, tmp_path / "run"), reference):
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    runs = [tmp_path / "run", tmp_path / "reference"]
+    config = tiny_config(digits_dir, steps=400, log_every=20, checkpoint_every=20)
+    assert_same_run(*runs, config)
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    (tmp_path / "broken.py").write_text("def get_config(:")
+    cases = {
+        "--config.prune.final=0.5": "Field final not found",
+        "--config.seed=x": "invalid literal for int",
+        "--config=nowhere.py": "no config file nowhere.py",
+        f"--config={tmp_path / 'broken.py'}": "SyntaxError",
+        f"--workdir={tmp_path / 'foreign'}": "thesis.tex",
+        "surplus": "unexpected argument 'surplus'",
+        "--config.prune.final_sparsity=1": "must be a fraction in",
+        f"--config.data.name=cifar10 --config.data.dir={tmp_path}": "prepare cifar10",
+    }
+    processes = {
+        arguments: subprocess.Popen(
+            [sys.executable, ROOT / "train.py", *arguments.split()],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for arguments in cases
+    }
+    for arguments, message in cases.items():
+        output, _ = processes[arguments].communicate()
+        assert processes[arguments].returncode == 1, output
+        lines = output.splitlines()
+        assert len(lines) == 1, output
+        assert lines[0].startswith("error: ") and message in lines[0]
+    assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,76 @@
+"""Trains and prunes a model: by default ResNet-20 on the digits.
+
+    python train.py
+    python train.py --config=configs/digits_mlp_global_95.py --workdir=/tmp/mlp
+    python train.py --config.prune.final_sparsity=0.95 --config.seed=1
+
+The same command again resumes a run that was stopped.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from agp_jax.config import ConfigError
+from agp_jax.data import DataError
+from agp_jax.loop import run
+from agp_jax.workdirs import WorkdirError
+
+_EMBEDDED = Path(__file__).parent / "configs" / "digits_resnet20_element_90.py"
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, f"The experiment, a file with get_config(); default: {_EMBEDDED}"
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives; by default runs/, named by the experiment."
+)
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise ConfigError(f"unexpected argument {arguments[1]!r}; see --help")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    run(_CONFIG.value, _WORKDIR.value or _default_workdir())
+
+
+def _default_workdir() -> Path:
+    """A directory for this config file and these overrides."""
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    changes = [f"{key}={value}" for key, value in sorted(overrides.items())]
+    return Path("runs") / ",".join([_config_file().stem, *changes])
+
+
+def _config_file() -> Path:
+    return Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    if not any(re.match("--?config(=|$)", argument) for argument in arguments):
+        arguments = [arguments[0], f"--config={_EMBEDDED}", *arguments[1:]]
+    try:
+        rest = flags.FLAGS(arguments)
+    except flags.Error as error:
+        raise ConfigError(f"{_last_line(error)} (see --help)") from error
+    except Exception as error:  # whatever a config file raises
+        raise ConfigError(f"{type(error).__name__}: {_last_line(error)}") from error
+    if not _config_file().is_file():
+        raise ConfigError(f"there is no config file {_config_file()}")
+    return rest
+
+
+def _last_line(error: Exception) -> str:
+    """What `error` says; the last line where its text is a traceback."""
+    return str(error).strip().splitlines()[-1]
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except (ConfigError, DataError, WorkdirError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command resumes the run")
