@@ -1,0 +1,145 @@
+"""The modules of agp_jax stand in one order, and each imports only earlier ones."""
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import agp_jax
+
+# From the ground up. Moving a name in these lists is a design decision.
+CORE = [
+    "trees",  # names for the leaves of any pytree
+    "shardings",  # what an explicit mesh wants to be told
+    "schedules",  # when to prune how much
+    "structures",  # how a tensor divides into cells
+    "selection",  # the largest scores, exactly
+    "rules",  # which parameter is pruned by what
+    "packing",  # masks at one bit per weight
+    "masks",  # what the rules keep at a step
+    "optimizer",  # the optax transformation that prunes
+]
+APPLICATION = [
+    "models",
+    "batches",
+    "data",
+    "config",
+    "experiment",
+    "workdirs",
+    "checkpoint",
+    "reports",
+    "loop",
+]
+ORDER = CORE + APPLICATION
+
+PACKAGE = Path(agp_jax.__file__).parent
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+each_file = pytest.mark.parametrize("name", FILES)
+
+
+def parse(name):
+    return ast.parse(FILES[name].read_text(), filename=str(FILES[name]))
+
+
+def imported(name):
+    """The dotted names that a file imports, and where: [(name, line)]."""
+    found = []
+    for node in ast.walk(parse(name)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}:{node.lineno}: a relative import"
+            if node.module == "agp_jax":
+                found += [(f"agp_jax.{x.name}", node.lineno) for x in node.names]
+            else:
+                found.append((node.module, node.lineno))
+    return found
+
+
+def own_imports(name):
+    """What a file imports from agp_jax, without that prefix: [(name, line)]."""
+    return [
+        (target.removeprefix("agp_jax").removeprefix("."), line)
+        for target, line in imported(name)
+        if target.split(".")[0] == "agp_jax"
+    ]
+
+
+def layer(name):
+    return name.split(".")[0]
+
+
+def test_every_module_has_its_place_in_the_order():
+    present = {layer(name) for name in FILES} - {"__init__"}
+    assert present <= set(ORDER), sorted(present - set(ORDER))
+    assert set(CORE) <= present
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@each_file
+def test_a_module_imports_only_earlier_ones(name):
+    wrong = [
+        f"line {line}: {target or 'the package itself'}"
+        for target, line in own_imports(name)
+        if layer(target) not in ORDER
+        or (
+            name != "__init__"
+            and layer(target) != layer(name)  # a folder's own files: next test
+            and ORDER.index(layer(target)) > ORDER.index(layer(name))
+        )
+    ]
+    assert not wrong, f"{name} imports {', '.join(wrong)}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {
+        name.removesuffix(".__init__"): {target for target, _ in own_imports(name)}
+        for name in FILES
+    }
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # or a CycleError
+    assert set(graph) <= set(order)
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_needs_jax_numpy_and_optax_alone(name):
+    allowed = {"agp_jax", "jax", "numpy", "optax"} | sys.stdlib_module_names
+    others = {target for target, _ in imported(name) if layer(target) not in allowed}
+    assert not others
+
+
+@each_file
+def test_imports_stand_at_the_top(name):
+    tree = parse(name)
+    imports = (ast.Import, ast.ImportFrom)
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    head = 0
+    while head < len(body) and isinstance(body[head], imports):
+        head += 1
+    late = {
+        id(node): node.lineno for node in ast.walk(tree) if isinstance(node, imports)
+    }
+    for node in body[:head]:
+        del late[id(node)]
+    assert not late, f"{name} imports on lines {sorted(late.values())}"
+
+
+@each_file
+def test_every_file_says_first_what_it_is(name):
+    assert ast.get_docstring(parse(name)), f"{name} has no docstring"
+
+
+def test_the_package_only_re_exports_each_public_name_once():
+    names = []
+    for node in parse("__init__").body[1:]:
+        assert isinstance(node, ast.ImportFrom)
+        assert node.module.startswith("agp_jax.")
+        for alias in node.names:
+            assert alias.asname == alias.name, f"{alias.name} as {alias.asname}"
+            names.append(alias.name)
+    assert names and len(set(names)) == len(names)
+    assert not set(names) & set(ORDER), "a function shares its module's name"
