@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agp_jax.rules import MAX_CELLS, Rule, match_rules
+from agp_jax.rules import Rule, match_rules
 from agp_jax.schedules import Schedule
-from agp_jax.selection import LOWEST, Entrant, keep_largest, ordered_bits, tied
+from agp_jax.selection import LOWEST, Entrant, keep_largest, ordered_bits
 from agp_jax.shardings import replicate, split_axis
 from agp_jax.structures import (
     Structure,
@@ -152,7 +152,15 @@ def sparsity(masks: PyTree) -> dict[str, float]:
     The total is over the masked tensors alone: a dense tensor has no mask to count.
     """
     paths, leaves, _ = flatten_with_paths(masks)
-    kept = [int(x) for x in jax.device_get([jnp.sum(mask) for mask in leaves])]
+    for path, mask in zip(paths, leaves, strict=True):
+        if mask.dtype != bool:
+            raise ValueError(
+                f"expected bool masks, got {mask.dtype} at {path}: pass "
+                f"get_masks(opt_state)"
+            )
+    # Counted along one axis on the devices and then here: a sum may exceed an int32.
+    counts = [jnp.sum(jnp.atleast_1d(mask), axis=-1) for mask in leaves]
+    kept = [int(np.sum(x, dtype=np.int64)) for x in jax.device_get(counts)]
     sizes = [mask.size for mask in leaves]
     result = {
         path: 1.0 - count / size if size else 0.0
@@ -216,7 +224,7 @@ def _may_lose(leaf: _Leaf, step: int | jax.Array) -> bool:
 
 def _scores(leaf: _Leaf) -> jax.Array:
     """float32 scores of the weights' shape, zero where the weight is removed."""
-    weights = leaf.weights.astype(jnp.float32)
+    weights = _as_float32(leaf.weights)
     if leaf.score is not None:
         scores = jnp.asarray(leaf.score)
     elif leaf.rule.scores_gradients:
@@ -226,7 +234,7 @@ def _scores(leaf: _Leaf) -> jax.Array:
                 f"here: let its schedule begin at step 1 or later, or with no initial "
                 f"sparsity"
             )
-        scores = leaf.rule.score(weights, leaf.gradient.astype(jnp.float32))
+        scores = leaf.rule.score(weights, _as_float32(leaf.gradient))
     else:
         scores = leaf.rule.score(weights)
     if scores.shape != weights.shape:
@@ -236,6 +244,21 @@ def _scores(leaf: _Leaf) -> jax.Array:
         )
     scores = scores.astype(jnp.float32)
     return scores if leaf.mask is None else jnp.where(leaf.mask, scores, 0.0)
+
+
+def _as_float32(values: jax.Array) -> jax.Array:
+    """`values` in float32, with no more digits than their own dtype has.
+
+    XLA keeps the digits of a sum that bfloat16 would drop, if it can; ranking must not
+    depend on that.
+    """
+    kind = jnp.finfo(values.dtype)
+    wide = values.astype(jnp.float32)
+    return (
+        jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
+        if kind.bits < 32
+        else wide
+    )
 
 
 def _is_sound(leaf: _Leaf) -> jax.Array:
@@ -256,9 +279,11 @@ def _num_removed(
     The counts are floor(s * n) in float64, which no device needs to have: the levels
     are known beforehand, so there is one row of integers for each.
     """
+    sizes, column = np.unique(sizes, return_inverse=True)  # many slices, few sizes
     levels = np.concatenate([[0.0], schedule.events()[1]])
     counts = np.minimum(np.floor(levels[:, None] * sizes[None]), sizes - 1)
-    return jnp.asarray(counts.astype(np.int32))[schedule.num_events_until(step)]
+    table = jnp.asarray(counts.astype(np.int32))
+    return table[schedule.num_events_until(step)][column]
 
 
 def _num_removed_of_m(schedule: Schedule, m: int, step: int | jax.Array) -> jax.Array:
@@ -287,7 +312,12 @@ def _hold_contests(leaves: Sequence[_Leaf], step: int | jax.Array) -> list[jax.A
         num_removed = num_removed.at[np.flatnonzero(own)].set(counts)
     num_kept = jnp.asarray(contests.sizes, jnp.int32) - sound * num_removed
     entrants = [
-        Entrant(_keys(leaf), (*leaf.row_shape, *leaf.grid), numbers, first)
+        Entrant(
+            *_keys(leaf),
+            shape=(*leaf.row_shape, *leaf.grid),
+            contests=numbers,
+            first_position=first,
+        )
         for leaf, numbers, first in zip(
             leaves, contests.numbers, contests.first_positions, strict=True
         )
@@ -332,39 +362,31 @@ def _number_contests(leaves: Sequence[_Leaf]) -> _Contests:
             first_positions.append(0)
             sizes += [num_cells] * num_rows
             schedules += [leaf.schedule] * num_rows
-    for rule, contest in contest_of_rule.items():
-        if sizes[contest] > MAX_CELLS:
-            raise ValueError(
-                f"{rule} ranks {sizes[contest]} cells together, more than {MAX_CELLS}; "
-                f"split it into several rules"
-            )
     return _Contests(numbers, first_positions, np.array(sizes, np.int64), schedules)
 
 
-def _keys(leaf: _Leaf) -> Callable[[jax.Array], jax.Array]:
-    """The keys by which the cells of `leaf` are ranked; removed cells rank lowest."""
+def _keys(
+    leaf: _Leaf,
+) -> tuple[tuple[jax.Array, ...], Callable[..., jax.Array]]:
+    """Arrays, and the function of them that ranks the cells of `leaf`."""
     if math.prod(leaf.box) == 1:
         # A weight is a cell: nothing is stored, each pass scores the weights anew.
         arrays = {k: x for k, x in leaf._asdict().items() if isinstance(x, jax.Array)}
 
-        def weight_keys(pace: jax.Array) -> jax.Array:
-            fresh: Any = zip(arrays, tied(pace, *arrays.values()), strict=True)
+        def weight_keys(*values: jax.Array) -> jax.Array:
+            fresh: Any = zip(arrays, values, strict=True)
             again = leaf._replace(**dict(fresh))
             return _rank_removed_lowest(_scores(again), again.mask)
 
-        return weight_keys
-
+        return tuple(arrays.values()), weight_keys
     scores = sum_boxes(_scores(leaf), leaf.box)
-    alive = None if leaf.mask is None else any_in_boxes(leaf.mask, leaf.box)
-
-    def cell_keys(pace: jax.Array) -> jax.Array:
-        (fresh,) = tied(pace, scores)
-        return _rank_removed_lowest(fresh, alive)
-
-    return cell_keys
+    if leaf.mask is None:
+        return (scores,), ordered_bits
+    return (scores, any_in_boxes(leaf.mask, leaf.box)), _rank_removed_lowest
 
 
 def _rank_removed_lowest(scores: jax.Array, alive: jax.Array | None) -> jax.Array:
+    """Keys of the scores; what is not alive ranks below all that is."""
     keys = ordered_bits(scores)
     return keys if alive is None else jnp.where(alive, keys, LOWEST)
 

@@ -55,7 +55,7 @@ def prune(
 
     Wrap the whole optimizer: a transformation that comes after this one changes the
     updates that make the weights zero. Before the first forward pass, use
-    `apply_masks(params, state.masks)` if a schedule prunes at step 0.
+    `apply_masks(params, get_masks(state))` if a schedule prunes at step 0.
 
     Args:
       inner: any optax optimizer.
@@ -159,7 +159,7 @@ def _unite(masks: PyTree, others: PyTree) -> PyTree:
         return others
     if isinstance(others, optax.MaskedNode):
         return masks
-    if isinstance(masks, jax.Array):
+    if jax.tree_util.all_leaves([masks]):
         raise ValueError(
             "found several PruneStates with masks for one parameter: pass the state of "
             "one optimizer"

@@ -27,7 +27,7 @@ class PackedMask:
 def pack(mask: jax.Array) -> PackedMask | jax.Array:
     """Packs a bool array along an axis whose bytes do not cross devices.
 
-    That is the longest axis that fills whole bytes on every device, or else the last
+    That is the longest axis that fills whole bytes on every device, or else the longest
     one that is not divided, padded. Where there is none the mask stays as it is. How
     an axis is divided is known on explicit meshes only; elsewhere none counts as such.
     """
@@ -36,7 +36,7 @@ def pack(mask: jax.Array) -> PackedMask | jax.Array:
     padded = [a for a in axes if num_shards(mask, a) == 1]
     if not whole and not padded:
         return mask
-    axis = max(whole, key=lambda a: mask.shape[a]) if whole else padded[-1]
+    axis = max(whole or padded, key=lambda a: mask.shape[a])
     return PackedMask(jnp.packbits(mask, axis=axis), axis, mask.shape[axis])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from agp_jax.schedules import Schedule
-from agp_jax.structures import Structure, box_shape, num_cells
+from agp_jax.structures import Structure, box_shape, grid_shape
 from agp_jax.trees import PyTree, flatten_with_paths
 
-MAX_CELLS = 2**31 - 1
+_MAX_CELLS = 2**31 - 1
+_MAX_BOX = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +147,21 @@ def match_rules(rules: Sequence[Rule], params: PyTree) -> PyTree:
         if not any(prunable[k] for k, won in enumerate(winner) if won == i):
             raise ValueError(_explain_idle(rule, i, rules, paths, winner))
     matched: list[Rule | None] = []
+    ranked_together: Counter[Rule] = Counter()
     for path, leaf, won, floating in zip(paths, leaves, winner, prunable, strict=True):
         rule = None if won is None or not floating else rules[won]
         if rule is None or rule.structure is None:
             matched.append(None)
         else:
-            _check_fit(rule, rule.structure, path, jnp.shape(leaf))
+            cells = _count_cells(rule, rule.structure, path, jnp.shape(leaf))
+            ranked_together[rule] += cells if rule.scope == "rule" else 0
             matched.append(rule)
+    for rule, cells in ranked_together.items():
+        if cells > _MAX_CELLS:
+            raise ValueError(
+                f"{rule} ranks {cells} cells together, more than {_MAX_CELLS}; split "
+                f"it into several rules"
+            )
     return treedef.unflatten(matched)
 
 
@@ -191,18 +201,28 @@ def _explain_idle(
     return f"{rule} matches no parameter; nearest: {', '.join(nearest)}"
 
 
-def _check_fit(rule: Rule, structure: Structure, path: str, shape: tuple[int, ...]):
+def _count_cells(
+    rule: Rule, structure: Structure, path: str, shape: tuple[int, ...]
+) -> int:
+    """How many cells a parameter has; raises ValueError if the rule does not fit it."""
     if rule.stacked_axes > len(shape):
         raise ValueError(
             f"{rule} stacks {rule.stacked_axes} axes, but {path} has shape {shape}"
         )
-    cell_axes = shape[rule.stacked_axes :]
+    rows, tensor = shape[: rule.stacked_axes], shape[rule.stacked_axes :]
     try:
-        box_shape(structure, cell_axes)
+        box = box_shape(structure, tensor)
     except ValueError as error:
         raise ValueError(f"{rule} cannot prune {path}: {error}") from None
-    if num_cells(structure, cell_axes) > MAX_CELLS:
+    cells = math.prod(grid_shape(box, tensor))
+    if cells > _MAX_CELLS:
         raise ValueError(
-            f"{rule} cannot prune {path}: a tensor of shape {cell_axes} has more than "
-            f"{MAX_CELLS} cells; rank its leading axes apart with stacked_axes"
+            f"{rule} cannot prune {path}: a tensor of shape {tensor} has more than "
+            f"{_MAX_CELLS} cells; rank its leading axes apart with stacked_axes"
         )
+    if math.prod(box) > _MAX_BOX:
+        raise ValueError(
+            f"{rule} cannot prune {path}: a cell of {math.prod(box)} weights is more "
+            f"than {_MAX_BOX}, up to which sums are exact"
+        )
+    return math.prod(rows) * cells

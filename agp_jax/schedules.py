@@ -90,11 +90,15 @@ class Schedule:
     def events(self) -> tuple[np.ndarray, np.ndarray]:
         """The steps (int64) and the sparsities (float64) of all events, in order."""
         j = np.arange(self.num_events)
-        rest = 1.0 - j / max(self.num_events - 1, 1)
+        return self.begin_step + j * self.frequency, self._levels(j)
+
+    def _levels(self, j: np.ndarray) -> np.ndarray:
+        """The float64 sparsities of the events number `j`."""
         if self.num_events == 1:
-            rest = np.zeros(1)
+            return np.full(len(j), self.final_sparsity)
+        rest = 1.0 - j / (self.num_events - 1)
         drop = (self.initial_sparsity - self.final_sparsity) * rest**self.power
-        return self.begin_step + j * self.frequency, self.final_sparsity + drop
+        return self.final_sparsity + drop
 
     def num_events_until(self, step: int | jax.Array) -> int | jax.Array:
         """How many events lie at or before `step`: an int for an int, else traced."""
@@ -108,7 +112,7 @@ class Schedule:
     def sparsity_at(self, step: int) -> float:
         """The float64 sparsity that holds at `step`, 0 before the first event."""
         passed = self.num_events_until(step)
-        return float(self.events()[1][passed - 1]) if passed else 0.0
+        return float(self._levels(np.array([passed - 1]))[0]) if passed else 0.0
 
     def is_event(self, step: int | jax.Array) -> bool | jax.Array:
         """Whether the sparsity is set anew at `step`: jit-safe."""
@@ -121,14 +125,18 @@ class Schedule:
         return jnp.asarray(levels)[self.num_events_until(step)]
 
     def __str__(self) -> str:
-        steps, levels = self.events()
-        if len(steps) == 1:
-            return f"sparsity {levels[0]:.4g} from step {steps[0]} on"
-        shown = sorted({0, *(len(steps) * k // 5 for k in range(1, 5)), len(steps) - 1})
-        curve = ", ".join(f"{levels[j]:.4g} at {steps[j]}" for j in shown)
+        if self.num_events == 1:
+            return f"sparsity {self.final_sparsity:.4g} from step {self.begin_step} on"
+        last = self.num_events - 1
+        shown = sorted({0, *(self.num_events * k // 5 for k in range(1, 5)), last})
+        curve = ", ".join(
+            f"{level:.4g} at {self.begin_step + j * self.frequency}"
+            for j, level in zip(shown, self._levels(np.array(shown)), strict=True)
+        )
         return (
-            f"{len(steps)} events from step {steps[0]} to {steps[-1]}, every "
-            f"{self.frequency}: sparsity {curve}"
+            f"{self.num_events} events from step {self.begin_step} to "
+            f"{self.begin_step + last * self.frequency}, every {self.frequency}: "
+            f"sparsity {curve}"
         )
 
 

@@ -31,17 +31,17 @@ class Entrant(NamedTuple):
     """A tensor of cells that takes part in one or several contests.
 
     Attributes:
-      keys: gives the int32 keys, larger is better, of shape (*rows, *cells). It is
-        called in every pass with a scalar of that pass and should tie its arrays to
-        it with `tied`, so that XLA computes keys where they are read instead of
-        storing them for the whole search.
+      arrays: what its keys are made of.
+      keys: a function of `arrays` that gives int32 keys, larger is better, of shape
+        (*rows, *cells).
       shape: the shape of the keys.
       contests: int32 of shape (*rows,): the contest of each row.
       first_position: where this tensor's cells begin among the cells of its contest,
         which decides ties: of equal keys the one at the lower position wins.
     """
 
-    keys: Callable[[jax.Array], jax.Array]
+    arrays: tuple[jax.Array, ...]
+    keys: Callable[..., jax.Array]
     shape: tuple[int, ...]
     contests: np.ndarray
     first_position: int = 0
@@ -56,11 +56,6 @@ def ordered_bits(scores: jax.Array) -> jax.Array:
     bits = jnp.where(bits == LOWEST, 0, bits)  # -0.0; a float comparison would
     # take the smallest scores for zero where denormals are flushed
     return jnp.where(bits < 0, bits ^ np.int32(2**31 - 1), bits)
-
-
-def tied(pace: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """`arrays`, unchanged, in a form that XLA cannot move out of a loop over `pace`."""
-    return lax.optimization_barrier((*arrays, pace))[:-1]
 
 
 def keep_largest(
@@ -78,8 +73,11 @@ def keep_largest(
       those with the largest keys, and among equal keys those that come first.
     """
 
+    def keys_of(entrant: Entrant, arrays: Sequence[jax.Array], _) -> jax.Array:
+        return entrant.keys(*arrays)
+
     least, reached, above = _search(
-        lambda thresholds: _count(entrants, thresholds, lambda e, pace: e.keys(pace)),
+        lambda thresholds: _count(entrants, thresholds, keys_of),
         num_kept,
         jnp.asarray(num_cells, jnp.int32),
         lowest=LOWEST,
@@ -88,14 +86,15 @@ def keep_largest(
 
     # The keys above `least` win. Those equal to it, `reached - above` in number, take
     # the places left by position: a search over their negated positions.
-    def positions(entrant: Entrant, pace: jax.Array) -> jax.Array:
-        keys = entrant.keys(pace)
-        ties = keys == _by_row(least, entrant)
-        return jnp.where(ties, _rank_by_position(entrant, pace), LOWEST)
+    def positions_of(
+        entrant: Entrant, arrays: Sequence[jax.Array], zero: jax.Array
+    ) -> jax.Array:
+        ties = entrant.keys(*arrays) == _by_row(least, entrant)
+        return jnp.where(ties, _rank_by_position(entrant, zero), LOWEST)
 
     bits = int(np.max(num_cells)).bit_length()
     last_place, _, _ = _search(
-        lambda thresholds: _count(entrants, thresholds, positions),
+        lambda thresholds: _count(entrants, thresholds, positions_of),
         num_kept - above,
         reached - above,
         lowest=np.int32(-(2**bits)),
@@ -104,9 +103,10 @@ def keep_largest(
 
     kept = []
     for entrant in entrants:
-        keys = entrant.keys(least)
+        keys = entrant.keys(*entrant.arrays)
         threshold = _by_row(least, entrant)
-        in_place = _rank_by_position(entrant, least) >= _by_row(last_place, entrant)
+        rank = _rank_by_position(entrant, jnp.int32(0))
+        in_place = rank >= _by_row(last_place, entrant)
         kept.append((keys > threshold) | ((keys == threshold) & in_place))
     return kept
 
@@ -161,15 +161,23 @@ def _search(
 def _count(
     entrants: Sequence[Entrant],
     thresholds: jax.Array,
-    keys_of: Callable[[Entrant, jax.Array], jax.Array],
+    values_of: Callable[[Entrant, Sequence[jax.Array], jax.Array], jax.Array],
 ) -> jax.Array:
-    """How many keys of each contest reach its thresholds: both (contests, T)."""
+    """How many values of each contest reach its thresholds: both (contests, T).
+
+    The values of an entrant are `values_of(entrant, its arrays, zero)`.
+    """
     num_thresholds = thresholds.shape[1]
     per_row = []
     for entrant in entrants:
-        keys = keys_of(entrant, thresholds[0, 0])
+        # Without the barrier XLA would compute the values before the search and store
+        # them. It must hold the thresholds too, which differ in every pass.
+        *arrays, zero, tried = lax.optimization_barrier(
+            (*entrant.arrays, jnp.int32(0), thresholds)
+        )
+        values = values_of(entrant, arrays, zero)
         reaches = [
-            (keys >= _by_row(thresholds[:, j], entrant)).astype(jnp.int32)
+            (values >= _by_row(tried[:, j], entrant)).astype(jnp.int32)
             for j in range(num_thresholds)
         ]
         # One reduction for all thresholds: the keys are read once, and XLA makes a
@@ -178,7 +186,7 @@ def _count(
             reaches,
             [np.int32(0)] * num_thresholds,
             lambda left, right: [x + y for x, y in zip(left, right, strict=True)],
-            tuple(range(entrant.contests.ndim, keys.ndim)),
+            tuple(range(entrant.contests.ndim, values.ndim)),
         )
         rows = replicate(jnp.stack(counts, axis=-1))
         per_row.append(rows.reshape(-1, num_thresholds))
@@ -194,10 +202,9 @@ def _by_row(per_contest: jax.Array, entrant: Entrant) -> jax.Array:
     )
 
 
-def _rank_by_position(entrant: Entrant, pace: jax.Array) -> jax.Array:
+def _rank_by_position(entrant: Entrant, zero: jax.Array) -> jax.Array:
     """int32 of the keys' shape, the higher the earlier: -1 for a contest's first."""
     num_rows = entrant.contests.ndim
-    (zero,) = tied(pace, jnp.int32(0))
     rank = zero - np.int32(entrant.first_position + 1)
     stride = 1
     for axis in reversed(range(num_rows, len(entrant.shape))):

@@ -44,7 +44,7 @@ def loss(outputs):
 
 
 def make_optimizer():
-    return agp.prune(optax.adam(0.05), RULES)
+    return agp.prune(optax.sgd(0.05, momentum=0.9), RULES)
 
 
 def train_tree(params, call):
@@ -245,7 +245,9 @@ def test_a_rule_means_the_same_in_every_kind_of_model(train):
 def test_masks_of_an_nnx_optimizer_apply_to_its_model():
     model = make_nnx_network()
     rules = [agp.Rule(".*kernel", agp.element(), agp.one_shot(0.5))]
-    optimizer = nnx.Optimizer(model, agp.prune(optax.adam(0.1), rules), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, agp.prune(optax.sgd(0.1, momentum=0.9), rules), wrt=nnx.Param
+    )
     params = nnx.state(model, nnx.Param)
     sparse = agp.apply_masks(params, agp.get_masks(optimizer.opt_state))
     nnx.update(model, sparse)
@@ -315,7 +317,9 @@ def test_models_with_batch_statistics_prune_their_parameters_alone():
 
     rules = [agp.Rule("conv/kernel", agp.filters(), agp.one_shot(0.5, step=2))]
     model = Model(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, agp.prune(optax.adam(0.1), rules), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, agp.prune(optax.sgd(0.1, momentum=0.9), rules), wrt=nnx.Param
+    )
     images = jnp.asarray(
         np.random.default_rng(1).normal(size=(2, 4, 4, 1)), jnp.float32
     )

@@ -149,6 +149,14 @@ def test_known_counts(final, count, lost):
     assert _num_removed(agp.one_shot(final), np.array([count]), 0).tolist() == [lost]
 
 
+def test_a_long_schedule_over_many_slices_makes_no_large_program():
+    schedule = agp.polynomial_schedule(0.8, begin_step=0, end_step=20_000)
+    make = masker(rule(schedule=schedule, stacked_axes=1))
+    weights = jax.ShapeDtypeStruct((100, 2, 2), jnp.float32)
+    text = make.lower({"w": weights}, jnp.int32(0)).as_text()
+    assert len(text) < 1_000_000  # a number for every event, not for every slice too
+
+
 def test_more_than_two_to_the_24_weights_are_counted_exactly():
     shape = (2**12 + 1, 2**12 + 3)  # odd on both axes, 16.8 million
     weights = whole_numbers(0, shape, -9, 10)
@@ -872,3 +880,8 @@ def test_packing_works_on_many_devices_and_keeps_the_sharding(kind, shape, spec)
     np.testing.assert_array_equal(again, mask)
     if shape == (64, 64):  # else the bytes do not divide among the devices
         assert packed.bits.sharding.is_equivalent_to(sharding, 2)
+
+
+def test_only_bool_masks_have_a_sparsity():
+    with pytest.raises(ValueError, match="uint8 at k/bits: pass get_masks"):
+        agp.sparsity({"k": pack(jnp.ones(16, bool))})

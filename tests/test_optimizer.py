@@ -188,12 +188,11 @@ KERNELS = {
     "dense": {"kernel": True, "bias": False},
     "head": {"kernel": True, "scale": False},
 }
-DECAYED_MOMENTUM = optax.chain(
-    optax.add_decayed_weights(0.01), optax.sgd(0.1, momentum=0.9)
-)
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+DECAYED_MOMENTUM = optax.chain(optax.add_decayed_weights(0.01), MOMENTUM)
 SETUPS = {
     "sgd": around(optax.sgd(0.1)),
-    "momentum": around(optax.sgd(0.1, momentum=0.9)),
+    "momentum": around(MOMENTUM),
     "nesterov": around(optax.sgd(0.1, momentum=0.9, nesterov=True)),
     "decayed momentum": around(DECAYED_MOMENTUM),
     "adam": around(optax.adam(0.01)),
@@ -214,16 +213,16 @@ SETUPS = {
         optax.sgd(0.1),
         reach="tree",
     ),
-    "MultiSteps inside": around(multi_steps(optax.sgd(0.1, momentum=0.9))),
-    "MultiSteps around": inside(multi_steps, optax.sgd(0.1, momentum=0.9), every=2),
-    "masked": inside(lambda tx: optax.masked(tx, KERNELS), optax.adam(0.01)),
-    "partition": inside(lambda tx: split(tx, None), optax.adam(0.01)),
+    "MultiSteps inside": around(multi_steps(MOMENTUM)),
+    "MultiSteps around": inside(multi_steps, MOMENTUM, every=2),
+    "masked": inside(lambda tx: optax.masked(tx, KERNELS), MOMENTUM),
+    "partition": inside(lambda tx: split(tx, None), MOMENTUM),
     "two in a partition": Setup(
         split(
-            agp.prune(optax.adam(0.01), [KERNEL_RULE]),
+            agp.prune(MOMENTUM, [KERNEL_RULE]),
             agp.prune(optax.sgd(0.1), [HEAD_RULE]),
         ),
-        split(optax.adam(0.01), optax.sgd(0.1)),
+        split(MOMENTUM, optax.sgd(0.1)),
     ),
     "inject_hyperparams inside": around(
         optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.0, 8))
@@ -232,10 +231,8 @@ SETUPS = {
         optax.inject_hyperparams(lambda rate: agp.prune(optax.adam(rate), RULES))(0.1),
         optax.inject_hyperparams(lambda rate: optax.adam(rate))(0.1),
     ),
-    "apply_if_finite inside": around(optax.apply_if_finite(optax.adam(0.01), 3)),
-    "apply_if_finite around": inside(
-        lambda tx: optax.apply_if_finite(tx, 3), optax.adam(0.01)
-    ),
+    "apply_if_finite inside": around(optax.apply_if_finite(MOMENTUM, 3)),
+    "apply_if_finite around": inside(lambda tx: optax.apply_if_finite(tx, 3), MOMENTUM),
     "learning rate schedule": around(
         optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.1, 3, 8))
     ),
@@ -517,7 +514,7 @@ def train_all_structures():
 
 def plain_loop(name):
     """Gradual pruning of one tensor as the paper has it, in NumPy."""
-    weights, mask = np.asarray(draw_dyadic(0, ALL_SHAPES)[name]), np.array(True)
+    weights = np.asarray(draw_dyadic(0, ALL_SHAPES)[name])
     mask = np.ones(weights.shape, bool)
     case = CASES[name]
     index = np.indices(weights.shape)
@@ -666,18 +663,18 @@ def learn(tx, moment, batch, loss=loss):
     return Moment(optax.apply_updates(moment.params, updates), state)
 
 
-MOMENTUM = SETUPS["momentum"].pruned
+PRUNED = SETUPS["momentum"].pruned
 
 
 @functools.cache
 def learn_step(packed=False):
-    tx = agp.prune(optax.sgd(0.1, momentum=0.9), RULES, packed=packed)
+    tx = agp.prune(MOMENTUM, RULES, packed=packed)
     return jax.jit(functools.partial(learn, tx))
 
 
 @functools.cache
 def learned(seed=0, packed=False):
-    tx = agp.prune(optax.sgd(0.1, momentum=0.9), RULES, packed=packed)
+    tx = agp.prune(MOMENTUM, RULES, packed=packed)
     moments = [start(tx, draw(seed))]
     for batch in batches():
         moments.append(learn_step(packed)(moments[-1], batch))
@@ -685,8 +682,8 @@ def learned(seed=0, packed=False):
 
 
 def test_donated_buffers_give_the_same_run():
-    moment = jax.jit(lambda: start(MOMENTUM, draw(0)))()
-    step = jax.jit(functools.partial(learn, MOMENTUM), donate_argnums=0)
+    moment = jax.jit(lambda: start(PRUNED, draw(0)))()
+    step = jax.jit(functools.partial(learn, PRUNED), donate_argnums=0)
     for batch, expected in zip(batches(), learned()[1:], strict=True):
         before = moment
         moment = step(moment, batch)
@@ -697,10 +694,10 @@ def test_donated_buffers_give_the_same_run():
 def test_scan_over_steps_gives_the_same_run():
     @jax.jit
     def run(moment):
-        body = lambda moment, batch: (learn(MOMENTUM, moment, batch), None)  # noqa: E731
+        body = lambda moment, batch: (learn(PRUNED, moment, batch), None)  # noqa: E731
         return jax.lax.scan(body, moment, batches())[0]
 
-    moment = run(start(MOMENTUM, draw(0)))
+    moment = run(start(PRUNED, draw(0)))
     assert_same(agp.get_masks(moment.state), agp.get_masks(learned()[-1].state))
     for x, y in zip(
         jax.tree.leaves(moment), jax.tree.leaves(learned()[-1]), strict=True
@@ -709,15 +706,15 @@ def test_scan_over_steps_gives_the_same_run():
 
 
 def test_remat_in_the_loss_gives_the_same_masks():
-    step = jax.jit(functools.partial(learn, MOMENTUM, loss=jax.checkpoint(loss)))
-    moment = start(MOMENTUM, draw(0))
+    step = jax.jit(functools.partial(learn, PRUNED, loss=jax.checkpoint(loss)))
+    moment = start(PRUNED, draw(0))
     for batch in batches():
         moment = step(moment, batch)
     assert_same(moment.state.masks, learned()[-1].state.masks)
 
 
 def test_vmapped_runs_prune_by_their_own_step():
-    step = jax.jit(jax.vmap(functools.partial(learn, MOMENTUM)))
+    step = jax.jit(jax.vmap(functools.partial(learn, PRUNED)))
     for ahead in range(NUM_STEPS - 2):
         apart = [learned(0)[ahead], learned(1)[2]]  # the second is at the first event
         together = jax.tree.map(lambda *x: jnp.stack(x), *apart)
@@ -736,14 +733,14 @@ def test_vmapped_runs_prune_by_their_own_step():
 
 def test_init_can_be_vmapped_and_jitted():
     params = [draw(seed) for seed in range(2)]
-    states = jax.vmap(MOMENTUM.init)(jax.tree.map(lambda *x: jnp.stack(x), *params))
-    expected = [jax.jit(MOMENTUM.init)(x) for x in params]
+    states = jax.vmap(PRUNED.init)(jax.tree.map(lambda *x: jnp.stack(x), *params))
+    expected = [jax.jit(PRUNED.init)(x) for x in params]
     assert_same(states, jax.tree.map(lambda *x: jnp.stack(x), *expected))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_abstract_states_have_the_shapes_of_real_ones(packed):
-    tx = agp.prune(optax.sgd(0.1, momentum=0.9), RULES, packed=packed)
+    tx = agp.prune(MOMENTUM, RULES, packed=packed)
     shapes = jax.eval_shape(lambda: start(tx, draw(0)))
     after = jax.eval_shape(functools.partial(learn, tx), shapes, batches()[0])
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
@@ -757,10 +754,10 @@ def test_accumulated_gradients_prune_like_one_large_batch():
     def step(moment, batch):
         parts = [jax.grad(loss)(moment.params, half) for half in (batch[:2], batch[2:])]
         gradients = jax.tree.map(lambda x, y: (x + y) / 2, *parts)
-        updates, state = MOMENTUM.update(gradients, moment.state, moment.params)
+        updates, state = PRUNED.update(gradients, moment.state, moment.params)
         return Moment(optax.apply_updates(moment.params, updates), state)
 
-    moment = start(MOMENTUM, draw(0))
+    moment = start(PRUNED, draw(0))
     for batch in batches():
         moment = step(moment, batch)
     assert_same(moment.state.masks, learned()[-1].state.masks)

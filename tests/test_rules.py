@@ -349,3 +349,10 @@ def test_rules_are_values():
         rule("a").pattern = "b"
     with pytest.raises(TypeError):
         agp.Rule("a", agp.element(), HALF, jnp.abs)  # options go by keyword
+
+
+def test_cells_beyond_exact_sums_are_an_error():
+    params = arrays("w", shape=(2**15, 2**14, 2))
+    with pytest.raises(ValueError, match="268435456, up to which sums are exact"):
+        agp.match_rules([rule("w", agp.block((2**15, 2**14, 1)))], params)
+    assert patterns([rule("w", agp.block((2**14, 2**14, 1)))], params)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agp_jax.selection import LOWEST, Entrant, keep_largest, ordered_bits, tied
+import agp_jax as agp
+from agp_jax.selection import LOWEST, Entrant, keep_largest, ordered_bits
 
 HIGHEST = 2**31 - 1
 
@@ -39,6 +40,10 @@ KEYS = {
     ),
     "close": lambda rng, shape: 2**30 + rng.integers(0, 3, shape),
 }
+
+
+def as_they_are(keys):
+    return keys
 
 
 def cells_of(layout):
@@ -73,7 +78,7 @@ def selector(layout):
     @jax.jit
     def select(keys, num_kept):
         entrants = [
-            Entrant(lambda pace, x=x: tied(pace, x)[0], shape, np.int32(numbers), first)
+            Entrant((x,), as_they_are, shape, np.int32(numbers), first)
             for x, (shape, numbers, first) in zip(keys, LAYOUTS[layout], strict=True)
         ]
         return keep_largest(entrants, num_kept, num_cells)
@@ -110,7 +115,7 @@ def test_every_count_of_a_vector_is_met():
 
 def test_selection_gives_the_same_eagerly():
     keys = jnp.int32([3, 1, 3, 2])
-    entrant = Entrant(lambda pace: tied(pace, keys)[0], (4,), np.int32(0))
+    entrant = Entrant((keys,), as_they_are, (4,), np.int32(0))
     (kept,) = keep_largest([entrant], jnp.int32([1]), np.int32([4]))
     assert kept.tolist() == [True, False, False, False]
 
@@ -170,7 +175,7 @@ def equations(jaxpr):
 
 def test_nothing_large_is_sorted_gathered_or_flattened():
     def select(keys):
-        entrant = Entrant(lambda pace: tied(pace, keys)[0], (64, 96), np.int32(0))
+        entrant = Entrant((keys,), as_they_are, (64, 96), np.int32(0))
         return keep_largest([entrant], jnp.int32([999]), np.int32([64 * 96]))
 
     jaxpr = jax.make_jaxpr(select)(jnp.zeros((64, 96), jnp.int32))
@@ -184,3 +189,12 @@ def test_nothing_large_is_sorted_gathered_or_flattened():
                 ("sort", "top_k", "gather", "scatter", "reshape", "cumsum", "concat")
             ), equation
     assert "while" in names and not names & {"sort", "top_k", "approx_top_k"}
+
+
+def test_nothing_of_the_size_of_the_weights_is_stored():
+    rules = [agp.Rule("w", agp.element(), agp.one_shot(0.5, step=1))]
+    weights = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    masks = {"w": jax.ShapeDtypeStruct((512, 512), bool)}
+    make = jax.jit(lambda p, t, m: agp.make_masks(p, rules, t, m))
+    compiled = make.lower(weights, jnp.int32(1), masks).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512 * 512 // 8
