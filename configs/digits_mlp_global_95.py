@@ -3,7 +3,8 @@
     python train.py --config=configs/digits_mlp_global_95.py
 
 Ranking the layers together leaves more weights where more are needed. Add
-`--config.prune.enabled=False` for the dense model.
+`--config.prune.enabled=False` for the dense model. Measured over three seeds: 96.8 %
+test accuracy, dense 98.8 % (docs/results.md).
 """
 
 import agp_jax as agp
@@ -16,7 +17,7 @@ def get_config() -> Config:
         batch_size=64,
         log_every=100,
         checkpoint_every=500,
-        data=Data(name="digits", augment="shift"),
+        data=Data(name="digits"),
         model=Model(name="mlp"),
         optimizer=Optimizer(name="adamw", learning_rate=2e-3, weight_decay=1e-4),
         prune=Prune(

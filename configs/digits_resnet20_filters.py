@@ -4,6 +4,7 @@
 
 Only the first convolution of each block is pruned: nothing outside the block sees its
 filters. They are masked; making the arrays smaller is not done yet.
+Measured with one seed: 99.3 % test accuracy (docs/results.md).
 """
 
 import agp_jax as agp
