@@ -29,7 +29,8 @@ class Data:
     Attributes:
       name: a dataset of `agp_jax.data.DATASETS`.
       dir: where TFDS keeps datasets; empty for its usual place.
-      augment: a way of varying training images, of `agp_jax.data.AUGMENTATIONS`.
+      augment: a way of varying training images, of
+        `agp_jax.batches.AUGMENTATIONS`.
     """
 
     name: str = "digits"

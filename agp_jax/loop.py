@@ -61,11 +61,11 @@ def run(config: Config, workdir: str | Path, console: Console | None = None) -> 
 def _start_or_resume(experiment: Experiment, manager: Any) -> State:
     if checkpoint.latest_step(manager) is None:
         return init_state(experiment)
-    _, items = checkpoint.restore(manager, _as_items(experiment.shapes))
+    _, items = checkpoint.restore(manager, as_items(experiment.shapes))
     return State(**items["variables"], **items["training"])
 
 
-def _as_items(state: State) -> dict[str, PyTree]:
+def as_items(state: State) -> dict[str, PyTree]:
     """A state as it is saved: what a model needs, and what only training does."""
     return {
         "variables": {"params": state.params, "batch_stats": state.batch_stats},
@@ -122,7 +122,7 @@ def _train(
             if step % config.checkpoint_every == 0 or step == config.steps:
                 at_target = step >= _last_event(experiment.matched)
                 score = record["test_accuracy"] if at_target else None
-                checkpoint.save(manager, step, _as_items(state), score=score)
+                checkpoint.save(manager, step, as_items(state), score=score)
             recent, began = [], time.perf_counter()
     return state
 

@@ -104,7 +104,7 @@ def remake_masks(
         if not _may_lose(leaf, step):
             results[i] = _unchanged(leaf)
         elif leaf.structure.keep_n_of_m:
-            results[i] = _keep_n_of_m(leaf, *leaf.structure.keep_n_of_m, step)
+            results[i] = _keep_n_of_m(leaf, step)
         else:
             contesting[i] = leaf
     if contesting:
@@ -280,8 +280,8 @@ def _num_removed(
     are known beforehand, so there is one row of integers for each.
     """
     sizes, column = np.unique(sizes, return_inverse=True)  # many slices, few sizes
-    levels = np.concatenate([[0.0], schedule.events()[1]])
-    counts = np.minimum(np.floor(levels[:, None] * sizes[None]), sizes - 1)
+    exact = schedule.levels()[:, None] * sizes[None]
+    counts = np.minimum(np.floor(exact), sizes - 1)
     table = jnp.asarray(counts.astype(np.int32))
     return table[schedule.num_events_until(step)][column]
 
@@ -291,8 +291,7 @@ def _num_removed_of_m(schedule: Schedule, m: int, step: int | jax.Array) -> jax.
 
     1 - n / m times m may be a rounding error below m - n, which must not cost one.
     """
-    levels = np.concatenate([[0.0], schedule.events()[1]])
-    counts = np.floor(np.round(levels * m, 9)).astype(np.int32)
+    counts = np.floor(np.round(schedule.levels() * m, 9)).astype(np.int32)
     return jnp.asarray(counts)[schedule.num_events_until(step)]
 
 
@@ -391,11 +390,10 @@ def _rank_removed_lowest(scores: jax.Array, alive: jax.Array | None) -> jax.Arra
     return keys if alive is None else jnp.where(alive, keys, LOWEST)
 
 
-def _keep_n_of_m(
-    leaf: _Leaf, n: int, m: int, axis: int, step: int | jax.Array
-) -> jax.Array:
+def _keep_n_of_m(leaf: _Leaf, step: int | jax.Array) -> jax.Array:
     """The mask of a leaf whose weights compete in groups of m along an axis."""
-    del n  # the schedule ends there, as `Rule` has checked
+    assert leaf.structure.keep_n_of_m is not None
+    _, m, axis = leaf.structure.keep_n_of_m  # the schedule ends at n, says `Rule`
     axis = leaf.rule.stacked_axes + axis % len(leaf.cell_shape)
     sound = _is_sound(leaf)
     removed = sound * _num_removed_of_m(leaf.schedule, m, step)

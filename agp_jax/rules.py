@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from agp_jax.schedules import Schedule
-from agp_jax.structures import Structure, box_shape, grid_shape
+from agp_jax.structures import Structure, num_cells
 from agp_jax.trees import PyTree, flatten_with_paths
 
 _MAX_CELLS = 2**31 - 1
-_MAX_BOX = 2**28
+_MAX_CELL_SIZE = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,18 +211,18 @@ def _count_cells(
         )
     rows, tensor = shape[: rule.stacked_axes], shape[rule.stacked_axes :]
     try:
-        box = box_shape(structure, tensor)
+        cells = num_cells(structure, tensor)
     except ValueError as error:
         raise ValueError(f"{rule} cannot prune {path}: {error}") from None
-    cells = math.prod(grid_shape(box, tensor))
     if cells > _MAX_CELLS:
         raise ValueError(
             f"{rule} cannot prune {path}: a tensor of shape {tensor} has more than "
             f"{_MAX_CELLS} cells; rank its leading axes apart with stacked_axes"
         )
-    if math.prod(box) > _MAX_BOX:
+    cell_size = math.prod(tensor) // max(cells, 1)
+    if cell_size > _MAX_CELL_SIZE:
         raise ValueError(
-            f"{rule} cannot prune {path}: a cell of {math.prod(box)} weights is more "
-            f"than {_MAX_BOX}, up to which sums are exact"
+            f"{rule} cannot prune {path}: a cell of {cell_size} weights is more than "
+            f"{_MAX_CELL_SIZE}, up to which sums are exact"
         )
     return math.prod(rows) * cells

@@ -90,9 +90,13 @@ class Schedule:
     def events(self) -> tuple[np.ndarray, np.ndarray]:
         """The steps (int64) and the sparsities (float64) of all events, in order."""
         j = np.arange(self.num_events)
-        return self.begin_step + j * self.frequency, self._levels(j)
+        return self.begin_step + j * self.frequency, self._sparsities_of(j)
 
-    def _levels(self, j: np.ndarray) -> np.ndarray:
+    def levels(self) -> np.ndarray:
+        """The float64 sparsity after 0, 1, 2, ... events; 0 after none."""
+        return np.concatenate([[0.0], self.events()[1]])
+
+    def _sparsities_of(self, j: np.ndarray) -> np.ndarray:
         """The float64 sparsities of the events number `j`."""
         if self.num_events == 1:
             return np.full(len(j), self.final_sparsity)
@@ -112,7 +116,7 @@ class Schedule:
     def sparsity_at(self, step: int) -> float:
         """The float64 sparsity that holds at `step`, 0 before the first event."""
         passed = self.num_events_until(step)
-        return float(self._levels(np.array([passed - 1]))[0]) if passed else 0.0
+        return float(self._sparsities_of(np.array([passed - 1]))[0]) if passed else 0.0
 
     def is_event(self, step: int | jax.Array) -> bool | jax.Array:
         """Whether the sparsity is set anew at `step`: jit-safe."""
@@ -121,8 +125,8 @@ class Schedule:
         return (since >= 0) & (since <= last) & (since % self.frequency == 0)
 
     def __call__(self, step: int | jax.Array) -> jax.Array:
-        levels = np.concatenate([[0.0], self.events()[1]]).astype(np.float32)
-        return jnp.asarray(levels)[self.num_events_until(step)]
+        levels = jnp.asarray(self.levels().astype(np.float32))
+        return levels[self.num_events_until(step)]
 
     def __str__(self) -> str:
         if self.num_events == 1:
@@ -131,7 +135,9 @@ class Schedule:
         shown = sorted({0, *(self.num_events * k // 5 for k in range(1, 5)), last})
         curve = ", ".join(
             f"{level:.4g} at {self.begin_step + j * self.frequency}"
-            for j, level in zip(shown, self._levels(np.array(shown)), strict=True)
+            for j, level in zip(
+                shown, self._sparsities_of(np.array(shown)), strict=True
+            )
         )
         return (
             f"{self.num_events} events from step {self.begin_step} to "

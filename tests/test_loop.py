@@ -67,7 +67,7 @@ class StopAt(Console):
 def state_on_disk(workdir, config):
     shapes = set_up(config).shapes
     with checkpoint.open_checkpoints(workdir) as manager:
-        return checkpoint.restore(manager, loop._as_items(shapes))
+        return checkpoint.restore(manager, loop.as_items(shapes))
 
 
 def assert_same_run(workdir, reference, config):
