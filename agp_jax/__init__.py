@@ -1,6 +1,7 @@
 """Automated Gradual Pruning for JAX: schedules, masks and an optax wrapper."""
 
 from agp_jax.masks import apply_masks as apply_masks
+from agp_jax.masks import fingerprint as fingerprint
 from agp_jax.masks import make_masks as make_masks
 from agp_jax.masks import sparsity as sparsity
 from agp_jax.optimizer import PruneState as PruneState

@@ -108,26 +108,22 @@ def prune(
         matched = match_rules(rules, params)
         step = jnp.asarray(optax.safe_increment(state.step))
 
-        def run_inner(masks: PyTree):
-            return inner.update(
-                apply_masks(updates, masks),
-                _mask_mirrors(state.inner_state, masks, params),
-                apply_masks(params, masks),
-                **extra_args,
-            )
-
-        def remake() -> PyTree:
+        def remake() -> tuple[PyTree, PyTree]:
             masks = _unpacked(state.masks)
-            candidates = optax.apply_updates(params, run_inner(masks)[0])
-            return store(
-                remake_masks(candidates, matched, step, masks, updates, scores)
-            )
+            masks = remake_masks(params, matched, step, masks, updates, scores)
+            return store(masks), _mask_mirrors(state.inner_state, masks, params)
 
-        # The masks come first, so that one fused pass can make the masked update. An
-        # event pays for that by computing the plain update twice.
-        stored = jax.lax.cond(_is_event(matched, step), remake, lambda: state.masks)
+        # The masks come first, so that one fused pass can make the masked update.
+        stored, inner_state = jax.lax.cond(
+            _is_event(matched, step), remake, lambda: (state.masks, state.inner_state)
+        )
         masks = _unpacked(stored)
-        new_updates, inner_state = run_inner(masks)
+        new_updates, inner_state = inner.update(
+            apply_masks(updates, masks),
+            inner_state,
+            apply_masks(params, masks),
+            **extra_args,
+        )
         return (
             map_masked(_stay_zero, masks, new_updates, params),
             PruneState(step, stored, inner_state),

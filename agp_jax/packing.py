@@ -4,8 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from agp_jax.shardings import num_shards
+from agp_jax.shardings import num_shards, split_axis
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +38,16 @@ def pack(mask: jax.Array) -> PackedMask | jax.Array:
     if not whole and not padded:
         return mask
     axis = max(whole or padded, key=lambda a: mask.shape[a])
-    return PackedMask(jnp.packbits(mask, axis=axis), axis, mask.shape[axis])
+    # Not jnp.packbits and unpackbits: their transposes would give the bits another
+    # layout in memory, and keep XLA from unpacking them where the mask is used.
+    filled = [(0, -mask.shape[a] % 8 if a == axis else 0) for a in axes]
+    split = split_axis(
+        jnp.pad(mask, filled) if any(map(sum, filled)) else mask, axis, 8
+    )
+    bits = jnp.sum(
+        split.astype(jnp.uint8) << _shifts(split.shape, axis), axis + 1, dtype=jnp.uint8
+    )
+    return PackedMask(bits, axis, mask.shape[axis])
 
 
 def unpack(mask: PackedMask | jax.Array) -> jax.Array:
@@ -48,5 +58,14 @@ def unpack(mask: PackedMask | jax.Array) -> jax.Array:
         shape = list(mask.bits.shape)
         shape[mask.axis] = mask.size
         return jnp.zeros(shape, bool)
-    bits = jnp.unpackbits(mask.bits, axis=mask.axis, count=mask.size)
-    return bits.astype(bool)
+    repeated = jnp.expand_dims(mask.bits, mask.axis + 1)
+    split = (*mask.bits.shape[: mask.axis + 1], 8, *mask.bits.shape[mask.axis + 1 :])
+    shape = list(mask.bits.shape)
+    shape[mask.axis] *= 8
+    bits = (repeated >> _shifts(split, mask.axis)) & np.uint8(1)
+    return jax.lax.slice_in_dim(bits.reshape(shape) != 0, 0, mask.size, axis=mask.axis)
+
+
+def _shifts(split: tuple[int, ...], axis: int) -> jax.Array:
+    """The place of each bit in its byte, which the axis after `axis` goes through."""
+    return np.uint8(7) - jax.lax.broadcasted_iota(jnp.uint8, split, axis + 1)

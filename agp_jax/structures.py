@@ -133,12 +133,15 @@ def sum_boxes(values: jax.Array, box: Shape) -> jax.Array:
     of a box agree with one that holds it all. Each value is rounded to a multiple of
     2**-30 of its box's largest, and the multiples are added as integers.
 
+    Where a box holds a value that is not finite, the sum is infinity.
+
     `values` may have leading axes beyond those of `box`; they stay.
     """
     num_terms = math.prod(box)
     if num_terms == 1 or values.size == 0:
         return _reduce_boxes(jnp.sum, values, box)
-    _, exponent = jnp.frexp(_reduce_boxes(jnp.max, jnp.abs(values), box))
+    largest = _reduce_boxes(jnp.max, jnp.abs(values), box)
+    _, exponent = jnp.frexp(largest)
     scaled = _times_power_of_two(values, fill_boxes(30 - exponent, box))
     multiples = jnp.round(scaled).astype(jnp.int32)
     # Added in digits of so few bits that the sum of all terms' digits is an int32.
@@ -156,7 +159,8 @@ def sum_boxes(values: jax.Array, box: Shape) -> jax.Array:
     for i, digit in reversed(list(enumerate(digits))):
         place = _times_power_of_two(digit.astype(jnp.float32), jnp.int32(i * bits))
         sums = sums + place
-    return _times_power_of_two(sums, exponent - 30)
+    sums = _times_power_of_two(sums, exponent - 30)
+    return jnp.where(jnp.isfinite(largest), sums, jnp.inf)
 
 
 def any_in_boxes(values: jax.Array, box: Shape) -> jax.Array:

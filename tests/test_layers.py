@@ -18,6 +18,7 @@ CORE = [
     "selection",  # the largest scores, exactly
     "rules",  # which parameter is pruned by what
     "packing",  # masks at one bit per weight
+    "contests",
     "masks",  # what the rules keep at a step
     "optimizer",  # the optax transformation that prunes
 ]

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import agp_jax as agp
-from agp_jax.masks import _num_removed
+from agp_jax.contests import _num_removed
 from agp_jax.packing import PackedMask, pack, unpack
 
 P = PartitionSpec
@@ -885,3 +885,19 @@ def test_packing_works_on_many_devices_and_keeps_the_sharding(kind, shape, spec)
 def test_only_bool_masks_have_a_sparsity():
     with pytest.raises(ValueError, match="uint8 at k/bits: pass get_masks"):
         agp.sparsity({"k": pack(jnp.ones(16, bool))})
+
+
+def test_a_fingerprint_is_of_the_masks_and_not_of_their_sharding():
+    rng = np.random.default_rng(0)
+    kept = {"a": rng.random((16, 24)) < 0.5, "b": rng.random(8) < 0.5}
+    expected = int(agp.fingerprint(jax.tree.map(jnp.asarray, kept)))
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+    specs = {"a": PartitionSpec("x", "y"), "b": PartitionSpec("y")}
+    masks = {k: jax.device_put(kept[k], NamedSharding(mesh, specs[k])) for k in kept}
+    assert int(jax.jit(agp.fingerprint)(masks)) == expected
+    for path, place in (("a", (0, 0)), ("a", (15, 23)), ("b", (7,))):
+        changed = {k: x.copy() for k, x in kept.items()}
+        changed[path][place] ^= True
+        assert int(agp.fingerprint(jax.tree.map(jnp.asarray, changed))) != expected
+    swapped = {"a": kept["a"][::-1], "b": kept["b"]}
+    assert int(agp.fingerprint(jax.tree.map(jnp.asarray, swapped))) != expected

@@ -267,9 +267,9 @@ def train_by_hand(name):
     moment, masks = start(SETUPS[name].bare, draw(0)), NOTHING_REMOVED
     for t in range(1, NUM_STEPS + 1):
         gradients = multiply(draw(t), masks)
-        moment = bare_step(name)(gradients, moment, value=jnp.float32(1.0))
         if t % SETUPS[name].every == 0 and t // SETUPS[name].every in LEVELS:
             masks = remake(moment.params, masks, t // SETUPS[name].every)
+        moment = bare_step(name)(gradients, moment, value=jnp.float32(1.0))
         moment = Moment(multiply(moment.params, masks), moment.state)
         yield moment.params, masks
 
@@ -523,7 +523,7 @@ def plain_loop(name):
     contests += case.contests(*index) if case.contests else 0
     for t in range(1, 6):
         gradient = np.asarray(draw_dyadic(t, ALL_SHAPES)[name])
-        weights = weights - np.float32(0.25) * gradient * mask
+        updated = weights - np.float32(0.25) * gradient * mask
         for contest in range(contests.max() + 1):
             here = contests == contest
             num_cells = cells[here].max() + 1
@@ -531,7 +531,7 @@ def plain_loop(name):
             scores = add(np.abs(weights[here].astype(np.float64)) ** case.power)
             lost = num_removed(case_levels(case.sparsity), t, num_cells)
             mask[here] = keep_best(scores, add(mask[here]) > 0, lost)[cells[here]]
-        weights = np.where(mask, weights, 0)
+        weights = np.where(mask, updated, 0)
         yield weights, mask
 
 
@@ -551,9 +551,9 @@ def test_tensors_ranked_together_share_one_count():
         gradients = draw_dyadic(t, ALL_SHAPES)
         flat = np.concatenate([weights[k].ravel() for k in TOGETHER])
         slope = np.concatenate([np.asarray(gradients[k]).ravel() for k in TOGETHER])
-        flat = flat - np.float32(0.25) * slope * mask
+        updated = flat - np.float32(0.25) * slope * mask
         mask = keep_best(np.abs(flat), mask, num_removed(case_levels(0.7), t, 39))
-        flat = np.where(mask, flat, 0)
+        flat = np.where(mask, updated, 0)
         for key, part in zip(TOGETHER, np.split(flat, [15]), strict=True):
             weights[key] = part.reshape(TOGETHER[key])
             np.testing.assert_array_equal(moment.params[key], weights[key])
@@ -586,8 +586,8 @@ def test_weights_of_any_dtype_become_exact_zeros(dtype, gradient_dtype):
             kept = jnp.asarray(mask.reshape(6, 8))
             masked = {**gradients, "kernel": jnp.where(kept, gradients["kernel"], 0)}
             expected, _ = step_bare(masked, start(bare, moment.params))
+            scores = np.abs(np.asarray(moment.params["kernel"], np.float32)).ravel()
             moment = step(gradients, moment)
-            scores = np.abs(np.asarray(expected["kernel"], np.float32)).ravel()
             mask = keep_best(scores, mask, num_removed(LEVELS, t, 48))
             assert moment.params["kernel"].dtype == dtype
             np.testing.assert_array_equal(moment.state.masks["kernel"].ravel(), mask)
@@ -792,9 +792,7 @@ def test_a_step_adds_one_conditional_and_neither_sort_nor_callback(bare, packed)
         names = [equation.primitive.name for equation in equations(jaxpr.jaxpr)]
         assert not [x for x in names if re.search("sort|top_k|callback|infeed", x)]
         count[tx] = names.count("cond")
-    # An event runs the bare optimizer once more, with whatever is in it.
-    extra = count[tx] - 2 * count[bare]
-    assert extra == 1
+    assert count[tx] == count[bare] + 1
 
 
 def test_the_compiled_step_has_one_conditional_and_stays_on_the_device():
@@ -858,11 +856,13 @@ def test_gradient_scores_use_the_gradients_of_the_update():
     mask = np.ones(48, bool)
     for t in range(1, NUM_STEPS + 1):
         gradients = draw_dyadic(t, shapes)
-        weights = np.asarray(moment.params["k"] - 0.25 * gradients["k"]).ravel()
-        scores = np.square(weights * np.asarray(gradients["k"]).ravel())
-        mask = keep_best(scores, mask, num_removed(LEVELS, t, 48))
+        weights, slope = (
+            np.asarray(x["k"]).ravel() for x in (moment.params, gradients)
+        )
+        mask = keep_best(np.square(weights * slope), mask, num_removed(LEVELS, t, 48))
         moment = step(gradients, moment)
-        np.testing.assert_array_equal(moment.params["k"].ravel(), weights * mask)
+        expected = (weights - np.float32(0.25) * slope) * mask
+        np.testing.assert_array_equal(moment.params["k"].ravel(), expected)
 
 
 @pytest.mark.parametrize("absent", [None, NO_MASK])
@@ -938,9 +938,8 @@ def test_a_tensor_that_is_not_finite_keeps_its_mask(number):
         before = moments[t - 1]
         weight = before.state.masks["dense"]["kernel"][:, 0]
         row = int(np.flatnonzero(weight)[0])  # of a weight that is still there
-        moment = step(
-            spoil(draw(t), "dense", number, row), before, value=jnp.float32(1)
-        )
+        before = before._replace(params=spoil(before.params, "dense", number, row))
+        moment = step(draw(t), before, value=jnp.float32(1))
         for key, same in ("dense", before), ("head", moments[t]):
             expected = same.state.masks[key]["kernel"]
             assert_same(moment.state.masks[key]["kernel"], expected)

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 
 import agp_jax as agp
-from agp_jax.selection import LOWEST, Entrant, keep_largest, ordered_bits
+from agp_jax.selection import (
+    INFINITY,
+    LOWEST,
+    Entrant,
+    keep_largest,
+    magnitude_bits,
+    ordered_bits,
+    search,
+)
 
-HIGHEST = 2**31 - 1
+HIGHEST = INFINITY - 1  # the key of the largest finite float
 
-# The tensors of a selection: shape, contest of each row, position of the first cell.
+# The tensors of a selection: shape, contests of its rows, position of the first cell.
 LAYOUTS = {
     "scalar": [((), 0, 0)],
     "one cell": [((1, 1), 0, 0)],
@@ -21,16 +29,16 @@ LAYOUTS = {
     "awkward shape": [((7, 11, 13), 0, 0)],
     "rows": [((5, 8, 3), range(5), 0)],
     "rows of one cell": [((6,), range(6), 0)],
-    "rows of rows": [((2, 3, 4), [[3, 1, 5], [0, 4, 2]], 0)],
+    "rows of rows": [((2, 3, 4), [[0, 1, 2], [3, 4, 5]], 0)],
     "together": [((5, 7), 0, 24), ((4, 6), 0, 0), ((3,), 0, 59)],
     "all kinds": [
-        *[((5, 7), 2, 0), ((2, 9), [1, 4], 0), ((3, 3, 3), 2, 35)],
-        *[((17,), 0, 0), ((), 3, 0)],
+        *[((5, 7), 2, 0), ((2, 9), [3, 4], 0), ((3, 3, 3), 2, 35)],
+        *[((17,), 0, 0), ((), 1, 0)],
     ],
 }
 
 KEYS = {
-    "any": lambda rng, shape: rng.integers(LOWEST, 2**31, shape),
+    "any": lambda rng, shape: rng.integers(LOWEST, INFINITY, shape),
     "few": lambda rng, shape: rng.integers(-1, 2, shape),
     "equal": lambda rng, shape: np.full(shape, rng.integers(-5, 5)),
     "removed": lambda rng, shape: np.full(shape, LOWEST),
@@ -78,8 +86,8 @@ def selector(layout):
     @jax.jit
     def select(keys, num_kept):
         entrants = [
-            Entrant((x,), as_they_are, shape, np.int32(numbers), first)
-            for x, (shape, numbers, first) in zip(keys, LAYOUTS[layout], strict=True)
+            Entrant((x,), as_they_are, shape, np.min(rows), np.ndim(rows), first)
+            for x, (shape, rows, first) in zip(keys, LAYOUTS[layout], strict=True)
         ]
         return keep_largest(entrants, num_kept, num_cells)
 
@@ -113,9 +121,53 @@ def test_every_count_of_a_vector_is_met():
         np.testing.assert_array_equal(kept, oracle("vector", keys, [k])[0])
 
 
+def test_a_contest_with_a_key_that_is_not_finite_keeps_all():
+    select, num_cells = selector("rows")
+    rng = np.random.default_rng(0)
+    keys = np.int32(KEYS["any"](rng, (5, 8, 3)))
+    keys[1, 2, 0], keys[3, :, 1] = INFINITY, INFINITY + 5
+    wanted = np.int32([7, 7, 7, 7, 24])
+    (kept,) = select([jnp.asarray(keys)], wanted)
+    expected = oracle("rows", [keys], np.where([0, 1, 0, 1, 0], num_cells, wanted))
+    np.testing.assert_array_equal(kept, expected[0])
+
+
+@pytest.mark.parametrize("idle_bits", [1, 13, 16, 23])
+def test_keys_with_idle_bits_are_searched_exactly(idle_bits):
+    rng = np.random.default_rng(idle_bits)
+    keys = np.int32(KEYS["any"](rng, (500,)) >> idle_bits << idle_bits)
+    keys[:50] = keys[50:100]
+    entrant = Entrant((jnp.asarray(keys),), as_they_are, (500,), 0, idle_bits=idle_bits)
+    for k in (1, 33, 250, 499):
+        (kept,) = keep_largest([entrant], jnp.int32([k]), np.int32([500]))
+        order = np.argsort(-np.int64(keys), kind="stable")
+        np.testing.assert_array_equal(np.flatnonzero(kept), np.sort(order[:k]))
+
+
+@pytest.mark.parametrize("draw", ["normal", "laplace", "power", "two scales", "bfloat"])
+def test_a_search_of_usual_weights_takes_few_passes(draw):
+    rng = np.random.default_rng(0)
+    weights = {
+        "normal": lambda: rng.normal(0, 0.02, 200_000),
+        "laplace": lambda: rng.laplace(0, 0.05, 200_000),
+        "power": lambda: rng.standard_t(3, 200_000) * 0.01,
+        "two scales": lambda: rng.normal(0, [[0.1], [1e-3]], (2, 100_000)).ravel(),
+        "bfloat": lambda: rng.normal(0, 0.02, 200_000).astype(jnp.bfloat16),
+    }[draw]()
+    values = jnp.asarray(weights)
+    idle_bits = 16 if draw == "bfloat" else 0
+    entrant = Entrant((values,), magnitude_bits, values.shape, 0, idle_bits=idle_bits)
+    for kept in (0.1, 0.5, 0.9):
+        counts = jnp.int32([int(kept * values.size)])
+        num_passes, *_ = jax.jit(lambda k: search([entrant], k, np.int32([200_000])))(
+            counts
+        )
+        assert num_passes <= 10, kept
+
+
 def test_selection_gives_the_same_eagerly():
     keys = jnp.int32([3, 1, 3, 2])
-    entrant = Entrant((keys,), as_they_are, (4,), np.int32(0))
+    entrant = Entrant((keys,), as_they_are, (4,), 0)
     (kept,) = keep_largest([entrant], jnp.int32([1]), np.int32([4]))
     assert kept.tolist() == [True, False, False, False]
 
@@ -123,7 +175,7 @@ def test_selection_gives_the_same_eagerly():
 SMALLEST = np.float32(2**-126)  # the smallest normal number
 FLOATS = np.float32(
     [
-        *(-np.inf, -3.4e38, -1.0, -np.nextafter(SMALLEST, 1), -SMALLEST),
+        *(-3.4e38, -1.0, -np.nextafter(SMALLEST, 1), -SMALLEST),
         *(-SMALLEST / 2, -1e-45, 0.0, 1e-45, 3e-45, SMALLEST / 2, SMALLEST),
         *(0.5, np.nextafter(np.float32(1), 0), 1.0, np.nextafter(np.float32(1), 2)),
         *(3.4e38, np.finfo(np.float32).max, np.inf),
@@ -150,9 +202,24 @@ def test_keys_of_random_floats_order_as_they_do():
 def test_both_zeros_have_one_key_and_finite_keys_lie_above_the_lowest():
     plus, minus = ordered_bits(jnp.float32([0.0, -0.0]))
     assert plus == minus
-    least = ordered_bits(jnp.float32([-np.finfo(np.float32).max, -np.inf]))
-    assert (least > LOWEST).all()
+    assert ordered_bits(jnp.float32(-np.finfo(np.float32).max)) > LOWEST
     assert ordered_bits(jnp.ones(3)).dtype == jnp.int32
+
+
+def test_what_is_not_finite_ranks_as_infinity_or_above():
+    negative_nan = np.uint32(0xFFC00000).view(np.float32)
+    values = jnp.float32([np.inf, -np.inf, np.nan, negative_nan])
+    assert (ordered_bits(values) >= INFINITY).all()
+    assert (magnitude_bits(values) >= INFINITY).all()
+    assert ordered_bits(jnp.finfo(jnp.float32).max) < INFINITY
+
+
+def test_magnitudes_have_the_keys_of_absolute_values():
+    values = jnp.asarray(FLOATS)
+    expected = ordered_bits(jnp.abs(values))
+    np.testing.assert_array_equal(magnitude_bits(values), expected)
+    narrow = values.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(magnitude_bits(narrow) % 2**16, 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -175,7 +242,7 @@ def equations(jaxpr):
 
 def test_nothing_large_is_sorted_gathered_or_flattened():
     def select(keys):
-        entrant = Entrant((keys,), as_they_are, (64, 96), np.int32(0))
+        entrant = Entrant((keys,), as_they_are, (64, 96), 0)
         return keep_largest([entrant], jnp.int32([999]), np.int32([64 * 96]))
 
     jaxpr = jax.make_jaxpr(select)(jnp.zeros((64, 96), jnp.int32))
