@@ -4,11 +4,12 @@
     python train.py --config=configs/digits_mlp_global_95.py --workdir=/tmp/mlp
     python train.py --config.prune.final_sparsity=0.95 --config.seed=1
 
-The same command again resumes a run that was stopped.
+The same command again resumes a run that was stopped. On several hosts each runs the
+same command with --distributed; docs/pods.md has the rest.
 """
 
 import re
-import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 from agp_jax.config import ConfigError
 from agp_jax.data import DataError
 from agp_jax.loop import run
+from agp_jax.processes import ProcessError, connect, leave
 from agp_jax.workdirs import WorkdirError
 
 _EMBEDDED = Path(__file__).parent / "configs" / "digits_resnet20_element_90.py"
@@ -27,6 +29,22 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; by default runs/, named by the experiment."
 )
+_DISTRIBUTED = flags.DEFINE_boolean(
+    "distributed",
+    False,
+    "Train together with the other processes of the TPU pod or Slurm job.",
+)
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0; where --distributed cannot find the others by itself.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes train, with --coordinator_address."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, counted from 0."
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -34,13 +52,20 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"unexpected argument {arguments[1]!r}; see --help")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    address = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value or any(part is not None for part in address):
+        connect(*address)
     run(_CONFIG.value, _WORKDIR.value or _default_workdir())
 
 
 def _default_workdir() -> Path:
-    """A directory for this config file and these overrides."""
+    """A directory for this experiment: its config file and what was overridden."""
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    changes = [f"{key}={value}" for key, value in sorted(overrides.items())]
+    changes = [
+        f"{key}={value}"
+        for key, value in sorted(overrides.items())
+        if key != "data.dir" and not key.startswith("devices.")
+    ]
     return Path("runs") / ",".join([_config_file().stem, *changes])
 
 
@@ -70,7 +95,9 @@ def _last_line(error: Exception) -> str:
 if __name__ == "__main__":
     try:
         app.run(main, flags_parser=_parse_flags)
-    except (ConfigError, DataError, WorkdirError) as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, DataError, ProcessError, WorkdirError) as error:
+        leave(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes the run")
+        leave("interrupted; the same command resumes the run")
+    except Exception:
+        leave(traceback.format_exc())

@@ -71,8 +71,9 @@ def train_batches(
 
     A batch is `{"image": uint8 (local_batch, height, width, channels), "label": int32
     (local_batch,)}`, `local_batch` being `batch_size / process_count`. Each epoch is a
-    new permutation of all examples; batches may cross epochs, so none is dropped. The
-    processes together see the batch, and the augmentation, that one alone would see.
+    new permutation of all examples; batches may cross epochs, so none is dropped. Each
+    process has a contiguous part of the batch, and of the augmentation, that one alone
+    would have.
 
     One grain thread per iterator works two batches ahead, which leaves the other cores
     to XLA; it ends with the iterator, or at its `close()`.
@@ -91,7 +92,8 @@ def train_batches(
             f"but they are {start_step} and {seed}"
         )
     size = len(source)
-    mine = slice(process_index, None, process_count)
+    local_batch = batch_size // process_count
+    mine = slice(process_index * local_batch, (process_index + 1) * local_batch)
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:

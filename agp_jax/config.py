@@ -106,6 +106,19 @@ class Prune:
 
 
 @dataclasses.dataclass
+class Devices:
+    """How devices share the work; no part of the experiment, so a run may change it.
+
+    Attributes:
+      fsdp: over how many devices each large array of the state (parameters, optimizer
+        state and masks) is divided; 1 for a copy on each. It divides the number of
+        devices. The examples of a batch are divided over all of them.
+    """
+
+    fsdp: int = 1
+
+
+@dataclasses.dataclass
 class Config:
     """An experiment.
 
@@ -115,7 +128,7 @@ class Config:
       batch_size: images per step, over all devices.
       log_every: steps between evaluations, each a line in `metrics.jsonl`.
       checkpoint_every: steps between checkpoints, a multiple of `log_every`.
-      data, model, optimizer, prune: see their classes.
+      data, model, optimizer, prune, devices: see their classes.
     """
 
     seed: int = 0
@@ -127,6 +140,7 @@ class Config:
     model: Model = dataclasses.field(default_factory=Model)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     prune: Prune = dataclasses.field(default_factory=Prune)
+    devices: Devices = dataclasses.field(default_factory=Devices)
 
 
 def validate(config: Config) -> None:
@@ -147,6 +161,7 @@ def validate(config: Config) -> None:
         lambda x: x % config.log_every == 0,
         f"a multiple of log_every, which is {config.log_every}",
     )
+    _require(config, "devices.fsdp", lambda x: x > 0, "at least 1")
     _require_one_of(config, "data.name", DATASETS)
     _require_one_of(config, "data.augment", AUGMENTATIONS)
     _require_one_of(config, "model.name", MODELS)
@@ -248,7 +263,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def to_dict(value: Any) -> Any:
-    """A config, or a part of one, as JSON values: what is saved and compared."""
+    """A config, or a part of one, as JSON values: what is saved and compared.
+
+    Where the data lies and on which devices it runs are no part of an experiment.
+    """
     match value:
         case Rule():
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -264,8 +282,7 @@ def to_dict(value: Any) -> Any:
             return value
     if type(value) in (Config, Data, Model, Optimizer, Prune):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        fields.pop("dir", None)  # where the data lies is no part of the experiment
-        return to_dict(fields)
+        return to_dict({k: v for k, v in fields.items() if k not in ("dir", "devices")})
     return str(value)
 
 

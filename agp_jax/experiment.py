@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agp_jax import data
 from agp_jax.batches import Source
 from agp_jax.config import Config, ConfigError, make_optimizer, make_rules, validate
+from agp_jax.meshes import make_mesh, place
 from agp_jax.models import make_model
 from agp_jax.optimizer import prune
 from agp_jax.rules import match_rules
@@ -69,7 +70,7 @@ def set_up(config: Config) -> Experiment:
     tx = make_optimizer(config)
     if rules:
         tx = prune(tx, rules)
-    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(config.devices.fsdp)
     try:
         shapes = jax.eval_shape(
             functools.partial(_init_state, model, tx, dataset), jax.random.key(0)
@@ -77,10 +78,6 @@ def set_up(config: Config) -> Experiment:
         matched = match_rules(rules, shapes.params)
     except ValueError as error:
         raise ConfigError(f"config.prune: {error}") from error
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
-    )
     load = functools.partial(data.load, dataset.name, data_dir=config.data.dir)
     return Experiment(
         config=config,
@@ -90,7 +87,7 @@ def set_up(config: Config) -> Experiment:
         model=model,
         tx=tx,
         matched=matched,
-        shapes=shapes,
+        shapes=place(shapes, mesh),
         mesh=mesh,
     )
 
@@ -100,9 +97,8 @@ def init_state(experiment: Experiment) -> State:
     init = functools.partial(
         _init_state, experiment.model, experiment.tx, experiment.dataset
     )
-    shardings = jax.tree.map(lambda x: x.sharding, experiment.shapes)
     key = jax.random.key(experiment.config.seed)
-    return jax.jit(init, out_shardings=shardings)(key)
+    return jax.jit(init, out_shardings=_shardings(experiment))(key)
 
 
 def _init_state(
@@ -155,7 +151,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, batch_stats, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    replicated = NamedSharding(experiment.mesh, PartitionSpec())
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(_shardings(experiment), replicated)
+    )
 
 
 def make_eval_step(experiment: Experiment) -> Callable[..., jax.Array]:
@@ -176,6 +175,10 @@ def make_eval_step(experiment: Experiment) -> Callable[..., jax.Array]:
         return jnp.sum(correct * batch["weight"])
 
     return eval_step
+
+
+def _shardings(experiment: Experiment) -> State:
+    return jax.tree.map(lambda x: x.sharding, experiment.shapes)
 
 
 def _normalised(images: jax.Array, dataset: data.Dataset) -> jax.Array:

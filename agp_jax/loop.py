@@ -1,13 +1,15 @@
 """Runs an experiment: trains, prunes, evaluates, saves and reports."""
 
+import dataclasses
+import json
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from agp_jax import checkpoint, reports
@@ -21,41 +23,62 @@ from agp_jax.experiment import (
     make_train_step,
     set_up,
 )
+from agp_jax.masks import fingerprint
+from agp_jax.meshes import put_batch
+from agp_jax.optimizer import get_masks
+from agp_jax.processes import check_same, failing_together
 from agp_jax.rules import Rule
 from agp_jax.trees import PyTree
 from agp_jax.workdirs import check_workdir
 
 
-def run(config: Config, workdir: str | Path, console: Console | None = None) -> dict:
+def run(
+    config: Config, workdir: str | Path, console: Console | None = None
+) -> dict | None:
     """Trains the experiment in `workdir`, or goes on where it was stopped there.
 
-    Leaves `metrics.jsonl`, `summary.json`, a picture and checkpoints in `workdir`.
+    Leaves `metrics.jsonl`, `summary.json`, a picture and checkpoints in `workdir`. All
+    processes of a run call this; the first one writes and reports, and each saves its
+    part of the checkpoints.
 
     Args:
       config: what to run.
-      workdir: an empty, new or earlier directory of the same experiment.
-      console: where progress and the report go; the standard output by default.
+      workdir: an empty, new or earlier directory of the same experiment, which all
+        processes share.
+      console: where progress and the report go; by default the standard output of the
+        first process.
 
     Returns:
-      The summary.
+      The summary; None on other processes than the first.
 
     Raises:
       ConfigError, DataError, WorkdirError, CheckpointError: before any training, if the
         config, the data, the work directory or its checkpoint is not fit for it.
+      ProcessError: if that is so on another process, or the processes were started
+        with different configs; or during training, if their masks differ.
     """
     if console is None:
         console = Console(quiet=jax.process_index() > 0)
     workdir = Path(workdir)
-    experiment = set_up(config)
+    with failing_together():
+        experiment = set_up(config)
+    check_same([_checksum(config)], "the processes were started with different configs")
     check_workdir(workdir, to_dict(config))
     with checkpoint.open_checkpoints(workdir) as manager:
         state = _start_or_resume(experiment, manager)
         step = int(state.step)
-        if jax.process_index() == 0:
-            reports.rewind_metrics(workdir, step)
+        with failing_together():
+            if jax.process_index() == 0:
+                reports.rewind_metrics(workdir, step)
         _announce(console, experiment, workdir, step)
         state = _train(experiment, state, manager, workdir, console)
         return _finish(experiment, state, manager, workdir, console)
+
+
+def _checksum(config: Config) -> int:
+    """32 bits that tell configs apart, layouts on devices included."""
+    values = [to_dict(config), dataclasses.asdict(config.devices)]
+    return zlib.crc32(json.dumps(values).encode())
 
 
 def _start_or_resume(experiment: Experiment, manager: Any) -> State:
@@ -80,7 +103,7 @@ def _train(
     workdir: Path,
     console: Console,
 ) -> State:
-    config, mesh = experiment.config, experiment.mesh
+    config = experiment.config
     first_step = int(state.step)
     train_step = make_train_step(experiment)
     evaluate = _make_evaluate(experiment)
@@ -98,7 +121,8 @@ def _train(
     began = time.perf_counter()
     with reports.show_progress(console, first_step, config.steps) as show:
         for step in range(first_step + 1, config.steps + 1):
-            state, metrics = train_step(state, _on_devices(next(batches), mesh))
+            batch = put_batch(next(batches), experiment.mesh)
+            state, metrics = train_step(state, batch)
             recent.append(metrics)
             if step % config.log_every and step < config.steps:
                 show(step, "")
@@ -113,6 +137,7 @@ def _train(
                 "test_accuracy": evaluate(state),
                 "sparsity_target": reports.total_target(counts),
                 "sparsity": reports.total_sparsity(counts),
+                "mask_fingerprint": _agreed_fingerprint(experiment, state),
                 "learning_rate": float(np.asarray(learning_rate(step - 1))),
                 "examples_per_second": config.batch_size * len(recent) / seconds,
             }
@@ -120,7 +145,7 @@ def _train(
                 reports.append_metrics(workdir, record)
             show(step, _describe(record))
             if step % config.checkpoint_every == 0 or step == config.steps:
-                at_target = step >= _last_event(experiment.matched)
+                at_target = step >= _last_event(experiment)
                 score = record["test_accuracy"] if at_target else None
                 checkpoint.save(manager, step, as_items(state), score=score)
             recent, began = [], time.perf_counter()
@@ -128,7 +153,7 @@ def _train(
 
 
 def _make_evaluate(experiment: Experiment) -> Callable[[State], float]:
-    eval_step = make_eval_step(experiment)
+    eval_step, mesh = make_eval_step(experiment), experiment.mesh
 
     def evaluate(state: State) -> float:
         """The accuracy on the test split."""
@@ -139,9 +164,7 @@ def _make_evaluate(experiment: Experiment) -> Callable[[State], float]:
             process_count=jax.process_count(),
         )
         correct = [
-            eval_step(
-                state.params, state.batch_stats, _on_devices(batch, experiment.mesh)
-            )
+            eval_step(state.params, state.batch_stats, put_batch(batch, mesh))
             for batch in batches
         ]
         return float(sum(jax.device_get(correct))) / len(experiment.test_source)
@@ -149,20 +172,42 @@ def _make_evaluate(experiment: Experiment) -> Callable[[State], float]:
     return evaluate
 
 
-def _on_devices(batch: PyTree, mesh: Mesh) -> PyTree:
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+_fingerprint = jax.jit(fingerprint)
+
+
+def _agreed_fingerprint(experiment: Experiment, state: State) -> str:
+    """The fingerprint of the masks, of which all devices must have the same.
+
+    Devices that hold whole masks compute it each from its own, and so do groups of
+    devices that divide the masks among them: copies that have come apart show.
+
+    Raises:
+      ProcessError: on all processes, if there are several fingerprints.
+    """
+    masks = get_masks(state.opt_state) if _list_rules(experiment) else {}
+    copies = [int(shard.data) for shard in _fingerprint(masks).addressable_shards]
+    check_same(
+        copies,
+        f"after step {int(state.step)} the devices do not all have the same masks. The "
+        f"same command resumes from the last checkpoint, where they had. If they come "
+        f"apart again, look for a broken device or a host with other software. The "
+        f"fingerprints of the masks",
     )
+    return f"{copies[0]:08x}"
 
 
-def _last_event(matched: PyTree) -> int:
+def _list_rules(experiment: Experiment) -> list[Rule]:
+    """The rule of each tensor that is pruned."""
+    return jax.tree.leaves(experiment.matched, is_leaf=lambda x: isinstance(x, Rule))
+
+
+def _last_event(experiment: Experiment) -> int:
     """The step from which on all rules are at their final sparsity."""
-    rules = jax.tree.leaves(matched, is_leaf=lambda x: isinstance(x, Rule))
-    return max((int(r.schedule.events()[0][-1]) for r in rules), default=0)
+    schedules = {rule.schedule for rule in _list_rules(experiment)}
+    return max((int(s.events()[0][-1]) for s in schedules if s), default=0)
 
 
-def _describe(record: dict[str, float]) -> str:
+def _describe(record: dict[str, Any]) -> str:
     return (
         f"loss {record['loss']:.4f}  train {record['train_accuracy']:.2%}  "
         f"test {record['test_accuracy']:.2%}  sparsity {record['sparsity']:.2%}  "
@@ -174,7 +219,15 @@ def _announce(
     console: Console, experiment: Experiment, workdir: Path, step: int
 ) -> None:
     console.print(f"work directory: {workdir}", soft_wrap=True)
-    rules = jax.tree.leaves(experiment.matched, is_leaf=lambda x: isinstance(x, Rule))
+    if experiment.mesh.size > 1:
+        axes = " x ".join(f"{name} {n}" for name, n in experiment.mesh.shape.items())
+        count = jax.process_count()
+        console.print(
+            f"{experiment.mesh.size} devices ({axes})"
+            + (f" of {count} processes" if count > 1 else ""),
+            highlight=False,
+        )
+    rules = _list_rules(experiment)
     for rule in dict.fromkeys(rules):
         console.print(
             f"{rule} prunes {rules.count(rule)} tensors by {rule.structure}, "
@@ -194,13 +247,15 @@ def _finish(
     manager: Any,
     workdir: Path,
     console: Console,
-) -> dict:
+) -> dict | None:
     """Writes the summary and the picture, and prints the report."""
-    records = reports.read_metrics(workdir)
     counts = reports.count_weights(
         state.params, experiment.matched, experiment.config.steps
     )
     best_step = checkpoint.best_step(manager)
+    if jax.process_index() > 0:
+        return None
+    records = reports.read_metrics(workdir)
     accuracies = {r["step"]: r["test_accuracy"] for r in records}
     summary = {
         "step": int(state.step),
@@ -214,17 +269,16 @@ def _finish(
         "all_params": sum(x.size for x in jax.tree.leaves(state.params)),
         "config": to_dict(experiment.config),
     }
-    if jax.process_index() == 0:
-        reports.print_table(console, counts)
-        written = [
-            reports.write_summary(workdir, summary),
-            reports.plot_metrics(workdir, records),
-        ]
-        console.print(
-            f"test accuracy {summary['test_accuracy']:.2%} with "
-            f"{summary['nonzero']:,} of {summary['params']:,} convolution and dense "
-            f"weights left, {summary['sparsity']:.2%} sparse",
-            soft_wrap=True,
-        )
-        console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+    reports.print_table(console, counts)
+    written = [
+        reports.write_summary(workdir, summary),
+        reports.plot_metrics(workdir, records),
+    ]
+    console.print(
+        f"test accuracy {summary['test_accuracy']:.2%} with "
+        f"{summary['nonzero']:,} of {summary['params']:,} convolution and dense "
+        f"weights left, {summary['sparsity']:.2%} sparse",
+        soft_wrap=True,
+    )
+    console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
     return summary

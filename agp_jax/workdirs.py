@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from agp_jax.processes import failing_together
+
 PathLike = str | os.PathLike[str]
 
 _CONFIG = "config.json"
 _CONFIG_TEMPORARY = ".config.json.tmp"
+_SECONDS_BEHIND = 30  # that a network file system may take to show a new file
 _WRITTEN_BY = "agp_jax"  # tells our config.json from another program's
 
 
@@ -29,32 +33,26 @@ def check_workdir(workdir: PathLike, config: Mapping[str, Any]) -> bool:
     A new or empty directory gets a `config.json` with `config`, a nested dict of
     plain JSON values, and the answer is False. A directory that holds the same config
     is left as it is and the answer is True: the run resumes there. All processes call
-    this, after `jax.distributed.initialize`; the first one looks and writes.
+    this; the first one looks and writes, and the others check that they see it.
 
     Raises:
       WorkdirError: `workdir` holds another config (with one line per field that
         differs) or files of something else, is no directory, or cannot be written.
-        Nothing in it is touched.
+        Nothing in it is touched. Or a process does not see what the first one wrote.
+      ProcessError: another process raised one of these.
       ValueError: `config` is more than plain JSON.
     """
     try:
         plain_config = json.loads(json.dumps(config, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"a config holds plain JSON values only: {error}") from error
-    resumes, refusal = False, None
-    if jax.process_index() == 0:
-        try:
+    resumes = False
+    with failing_together():
+        if jax.process_index() == 0:
             resumes = _claim(Path(workdir), plain_config)
-        except WorkdirError as error:
-            refusal = error
-    if jax.process_count() > 1:
-        outcome = np.array([resumes, refusal is not None])
-        resumes, refused = map(bool, multihost_utils.broadcast_one_to_all(outcome))
-        if refused and refusal is None:
-            refusal = WorkdirError(f"process 0 refused {workdir} and says why")
-    if refusal is not None:
-        raise refusal
-    return resumes
+    with failing_together():
+        _check_shared(Path(workdir))
+    return bool(multihost_utils.broadcast_one_to_all(np.array(resumes)))
 
 
 def read_config(workdir: PathLike) -> dict[str, Any]:
@@ -127,6 +125,18 @@ def _claim(workdir: Path, config: dict[str, Any]) -> bool:
         )
     _check_same_config(workdir, read_config(workdir), config)
     return True
+
+
+def _check_shared(workdir: Path) -> None:
+    """Every process writes its part of a checkpoint, so all must see one directory."""
+    for _ in range(_SECONDS_BEHIND):
+        if (workdir / _CONFIG).exists():
+            return
+        time.sleep(1)
+    raise WorkdirError(
+        f"process {jax.process_index()} does not see {workdir / _CONFIG}, which "
+        f"process 0 wrote: give a work directory that all hosts share"
+    )
 
 
 def _write_config(workdir: Path, config: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 from agp_jax import checkpoint, workdirs
 from agp_jax.checkpoint import CheckpointError
+from agp_jax.processes import ProcessError
 from agp_jax.workdirs import WorkdirError
 
 CONFIG = {"model": "tiny", "prune": {"final_sparsity": 0.9, "rules": ["a", "b"]}}
@@ -558,7 +559,7 @@ def rows_of(mesh_devices):
 def one_of_two(index, port, workdir, foreign, answers):
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
-    with pytest.raises(WorkdirError) as refusal:
+    with pytest.raises(ProcessError if int(index) else WorkdirError) as refusal:
         workdirs.check_workdir(foreign, CONFIG)
     assert workdirs.check_workdir(workdir, CONFIG) is True
 
@@ -602,7 +603,7 @@ def test_two_processes_share_one_workdir(tmp_path):
         finish(process)
 
     assert "notes.txt" in answers[0].read_text()
-    assert "process 0 refused" in answers[1].read_text()
+    assert "process 0 cannot go on" in answers[1].read_text()
     with checkpoint.open_checkpoints(workdir) as manager:
         step, restored = checkpoint.restore(manager, square_weights())
     assert step == 2

@@ -64,6 +64,8 @@ def test_a_good_config_passes():
         ("optimizer.momentum", 1.0, "config.optimizer.momentum"),
         ("optimizer.weight_decay", -1e-4, "config.optimizer.weight_decay"),
         ("optimizer.warmup_steps", 100, "config.optimizer.warmup_steps"),
+        ("devices.fsdp", 0, "config.devices.fsdp must be at least 1, got 0"),
+        ("devices", {"fsdp": 2}, "config.devices must be of type Devices"),
         ("prune.enabled", None, "config.prune.enabled must be of type bool, got None"),
         ("prune.final_sparsity", 90, "a sparsity of 80 % is 0.8"),
         ("prune.initial_sparsity", 0.95, "sparsity can only rise"),
@@ -115,9 +117,11 @@ def test_the_saved_config_is_json_and_tells_every_difference():
     assert config["prune"]["rules"][1]["score"] == "abs"
 
 
-def test_where_the_data_lies_is_not_part_of_the_experiment():
-    moved = change(good_config(), "data.dir", "/elsewhere")
-    assert to_dict(moved) == to_dict(good_config())
+@pytest.mark.parametrize(
+    ("name", "value"), [("data.dir", "/elsewhere"), ("devices.fsdp", 8)]
+)
+def test_where_it_runs_is_not_part_of_the_experiment(name, value):
+    assert to_dict(change(good_config(), name, value)) == to_dict(good_config())
 
 
 def test_learning_rates_follow_their_formulas():

@@ -15,7 +15,15 @@ from rich.console import Console
 
 import agp_jax as agp
 from agp_jax import checkpoint, loop, reports
-from agp_jax.config import Config, ConfigError, Data, Model, Optimizer, Prune
+from agp_jax.config import (
+    Config,
+    ConfigError,
+    Data,
+    Devices,
+    Model,
+    Optimizer,
+    Prune,
+)
 from agp_jax.experiment import init_state, set_up
 from agp_jax.workdirs import WorkdirError
 
@@ -70,14 +78,18 @@ def state_on_disk(workdir, config):
         return checkpoint.restore(manager, loop.as_items(shapes))
 
 
+def assert_same_bits(state, expected):
+    paths = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, a), b in zip(paths, jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
 def assert_same_run(workdir, reference, config):
     (step, state), (expected_step, expected) = (
         state_on_disk(directory, config) for directory in (workdir, reference)
     )
     assert step == expected_step
-    paths = jax.tree_util.tree_leaves_with_path(expected)
-    for (path, a), b in zip(paths, jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    assert_same_bits(state, expected)
     metrics, expected_metrics = (
         [r | {"examples_per_second": 0} for r in reports.read_metrics(directory)]
         for directory in (workdir, reference)
@@ -116,6 +128,9 @@ def test_a_run_leaves_what_it_learned(uninterrupted, config):
         "learning_rate",
         "examples_per_second",
     }
+    fingerprints = [record["mask_fingerprint"] for record in records]
+    assert len(set(fingerprints)) == 4 and len(set(fingerprints[3:])) == 1
+    assert all(len(text) == 8 for text in fingerprints)
     assert records[-1]["loss"] < records[0]["loss"]
 
     summary = json.loads((uninterrupted / "summary.json").read_text())
@@ -177,6 +192,28 @@ def test_checkpoints_between_events_resume_to_the_same_end(digits_dir, tmp_path)
     assert_same_run(tmp_path / "run", tmp_path / "reference", config)
 
 
+@pytest.mark.parametrize(("first", "then"), [(8, 4), (2, 1)])
+def test_a_run_resumes_on_another_layout(
+    uninterrupted, digits_dir, tmp_path, first, then
+):
+    configs = {
+        fsdp: tiny_config(digits_dir, devices=Devices(fsdp=fsdp))
+        for fsdp in (1, 2, 4, 8)
+    }
+    with pytest.raises(Stop):
+        loop.run(configs[first], tmp_path, StopAt(20))
+    states = [state_on_disk(tmp_path, config) for config in configs.values()]
+    for step, state in states:
+        assert step == 15
+        assert_same_bits(state, states[0][1])
+    run_quietly(configs[then], tmp_path)
+    for record, expected in zip(
+        reports.read_metrics(tmp_path), reports.read_metrics(uninterrupted), strict=True
+    ):
+        assert record["sparsity"] == expected["sparsity"]
+        np.testing.assert_allclose(record["loss"], expected["loss"], rtol=1e-5)
+
+
 def test_a_changed_config_is_refused_and_the_run_left_as_it_is(
     uninterrupted, digits_dir
 ):
@@ -201,6 +238,8 @@ def test_rules_that_match_nothing_are_found_before_any_work(digits_dir, tmp_path
 def test_a_batch_must_divide_among_the_devices(digits_dir):
     with pytest.raises(ConfigError, match="multiple of the 8 devices, got 12"):
         set_up(tiny_config(digits_dir, batch_size=12))
+    with pytest.raises(ConfigError, match="divide the number of devices.* 8, got 3"):
+        set_up(tiny_config(digits_dir, devices=Devices(fsdp=3)))
 
 
 def test_without_pruning_the_model_stays_dense(digits_dir, tmp_path):
