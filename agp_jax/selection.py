@@ -26,11 +26,11 @@ LOWEST = np.int32(np.iinfo(np.int32).min)
 INFINITY = np.float32(np.inf).view(np.int32)
 
 # Thresholds of the first pass: where trained weights tend to lie, and infinity.
-_FIRST_THRESHOLDS = np.float32([[2**-9, 2**-6, 2**-5, 2**-3, np.inf]])
+_FIRST_THRESHOLDS = np.array([[2**-9, 2**-6, 2**-5, 2**-3, np.inf]], np.float32)
 # Thresholds of later passes: how far they are, in deviations, from where the wanted key
 # is expected. The middle one halves the bracket instead. A CPU core counts five in the
 # time that it takes to read the scores, and each more costs time to compile.
-_DEVIATIONS = np.float32([[-1.5, -0.4, np.nan, 0.4, 1.5]])
+_DEVIATIONS = np.array([[-1.5, -0.4, np.nan, 0.4, 1.5]], np.float32)
 _NUM_THRESHOLDS = _DEVIATIONS.size
 
 
