@@ -12,17 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agp_jax.keys import INFINITY, LOWEST, magnitude_bits, ordered_bits
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule
-from agp_jax.selection import (
-    INFINITY,
-    LOWEST,
-    Entrant,
-    keep_largest,
-    magnitude_bits,
-    ordered_bits,
-)
-from agp_jax.shardings import split_axis
+from agp_jax.selection import Entrant, keep_largest
+from agp_jax.shardings import neighbours
 from agp_jax.structures import (
     Structure,
     any_in_boxes,
@@ -117,14 +111,14 @@ def keep_n_of_m(leaf: Leaf, step: int | jax.Array) -> jax.Array:
     cell_axes = tuple(range(leaf.rule.stacked_axes, keys.ndim))
     sound = jnp.all(keys < INFINITY, axis=cell_axes, keepdims=True)
     num_kept = m - sound * _num_removed_of_m(leaf.schedule, m, step)
-    keys = split_axis(keys, axis, m)
-    place = jax.lax.broadcasted_iota(jnp.int32, keys.shape, axis + 1)
-    rank = jnp.zeros_like(keys)  # how many of its group come before each weight
-    for j in range(m):
-        rival = jax.lax.slice_in_dim(keys, j, j + 1, axis=axis + 1)
-        before = (rival > keys) | ((rival == keys) & (j < place))
-        rank = rank + before.astype(jnp.int32)
-    kept = rank.reshape(leaf.weights.shape) < num_kept
+    rivals = neighbours(keys, axis, m)
+    kept = []
+    for i, own in enumerate(rivals):
+        # How many of its group come before a weight: equal keys go by place.
+        before = [x >= own if j < i else x > own for j, x in enumerate(rivals)]
+        rank = sum(x.astype(jnp.int32) for x in before)
+        kept.append(rank < num_kept)
+    kept = jnp.stack(kept, axis=axis + 1).reshape(leaf.weights.shape)
     return kept if leaf.mask is None else kept & leaf.mask
 
 
@@ -192,12 +186,17 @@ def _entrant(leaf: Leaf, contest: int, first_position: int) -> Entrant:
             return _weight_keys(leaf._replace(**dict(again)))
 
         inputs = tuple(arrays.values())
-    elif leaf.mask is None:
-        inputs, keys = (sum_boxes(_scores(leaf), leaf.box),), ordered_bits
     else:
-        scores = sum_boxes(_scores(leaf), leaf.box)
-        inputs = scores, any_in_boxes(leaf.mask, leaf.box)
-        keys = _rank_removed_lowest
+        scores = _scores(leaf)
+        if leaf.mask is None:
+            inputs = (sum_boxes(scores, leaf.box),)
+        else:
+            scores = jnp.where(leaf.mask, scores, 0.0)
+            inputs = (
+                sum_boxes(scores, leaf.box),
+                any_in_boxes(leaf.mask, leaf.box),
+            )
+        keys = _cell_keys
     return Entrant(
         inputs,
         keys,
@@ -224,16 +223,20 @@ def _weight_keys(leaf: Leaf) -> jax.Array:
         keys = magnitude_bits(leaf.weights)
     else:
         keys = ordered_bits(_scores(leaf))
-    return keys if leaf.mask is None else jnp.where(leaf.mask, keys, LOWEST)
+    return _removed_lowest(keys, leaf.mask)
 
 
-def _rank_removed_lowest(scores: jax.Array, alive: jax.Array) -> jax.Array:
-    return jnp.where(alive, ordered_bits(scores), LOWEST)
+def _cell_keys(scores: jax.Array, alive: jax.Array | None = None) -> jax.Array:
+    return _removed_lowest(ordered_bits(scores), alive)
+
+
+def _removed_lowest(keys: jax.Array, alive: jax.Array | None) -> jax.Array:
+    return keys if alive is None else jnp.where(alive, keys, LOWEST)
 
 
 def _scores(leaf: Leaf) -> jax.Array:
-    """float32 scores of the weights' shape: zero where a weight is removed, not finite
-    where it or its score is not."""
+    """float32 scores of the weights' shape, not finite where a weight or its score is
+    not."""
     weights = _as_float32(leaf.weights)
     if leaf.score is not None:
         scores = jnp.asarray(leaf.score)
@@ -255,7 +258,7 @@ def _scores(leaf: Leaf) -> jax.Array:
     scores = scores.astype(jnp.float32)
     if not leaf.ranks_magnitudes:
         scores = jnp.where(jnp.isfinite(weights), scores, jnp.inf)
-    return scores if leaf.mask is None else jnp.where(leaf.mask, scores, 0.0)
+    return scores
 
 
 def _as_float32(values: jax.Array) -> jax.Array:

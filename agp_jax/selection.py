@@ -20,10 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from agp_jax.keys import INFINITY, LOWEST
 from agp_jax.shardings import replicate
-
-LOWEST = np.int32(np.iinfo(np.int32).min)
-INFINITY = np.float32(np.inf).view(np.int32)
 
 # Thresholds of the first pass: where trained weights tend to lie, and infinity.
 _FIRST_THRESHOLDS = np.array([[2**-9, 2**-6, 2**-5, 2**-3, np.inf]], np.float32)
@@ -61,24 +59,6 @@ class Entrant(NamedTuple):
     def contests(self) -> slice:
         num_rows = math.prod(self.shape[: self.num_row_axes])
         return slice(self.contest, self.contest + num_rows)
-
-
-def ordered_bits(scores: jax.Array) -> jax.Array:
-    """int32 keys that order as the float32 `scores` do; both zeros are equal.
-
-    Every finite score has a key above `LOWEST` and below that of infinity; a score that
-    is not finite has at least that.
-    """
-    bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
-    magnitude = bits & np.int32(2**31 - 1)
-    ordered = jnp.where(bits < 0, -magnitude, magnitude)
-    return jnp.where(magnitude >= INFINITY, INFINITY, ordered)
-
-
-def magnitude_bits(values: jax.Array) -> jax.Array:
-    """`ordered_bits(jnp.abs(values))`, in a single operation."""
-    bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
-    return bits & np.int32(2**31 - 1)
 
 
 def keep_largest(

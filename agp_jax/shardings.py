@@ -42,6 +42,24 @@ def split_axis(values: jax.Array, axis: int, parts: int) -> jax.Array:
     return jax.lax.reshape(values, split, out_sharding=NamedSharding(mesh, together))
 
 
+def divides_locally(values: jax.Array, axis: int, parts: int) -> bool:
+    """Whether runs of `parts` neighbours along `axis` lie on one device each.
+
+    Where the sharding is not known: whether they do on 2, 4, ... 64 devices.
+    """
+    size = values.shape[axis]
+    groups = size // parts
+    return groups % num_shards(values, axis) == 0 and groups % math.gcd(size, 64) == 0
+
+
+def neighbours(values: jax.Array, axis: int, count: int) -> list[jax.Array]:
+    """Takes every `count` neighbours along `axis` apart, into as many arrays."""
+    split = split_axis(values, axis, count)
+    return [
+        jax.lax.index_in_dim(split, i, axis + 1, keepdims=False) for i in range(count)
+    ]
+
+
 def _spec(values: jax.Array) -> list:
     spec = jax.typeof(values).sharding.spec
     return [*spec, *[None] * (values.ndim - len(spec))]

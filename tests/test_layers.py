@@ -13,6 +13,7 @@ import agp_jax
 CORE = [
     "trees",  # names for the leaves of any pytree
     "shardings",  # what an explicit mesh wants to be told
+    "keys",  # floats as integers of the same order
     "schedules",  # when to prune how much
     "structures",  # how a tensor divides into cells
     "selection",  # the largest scores, exactly
