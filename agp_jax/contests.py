@@ -28,7 +28,7 @@ from agp_jax.structures import (
 
 
 class Leaf(NamedTuple):
-    """A parameter that a rule prunes, with what is known about it."""
+    """A parameter that a rule prunes, with what its cells are ranked by."""
 
     path: str
     rule: Rule

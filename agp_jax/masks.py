@@ -79,12 +79,19 @@ def remake_masks(
     ]
     results: list[Any] = [optax.MaskedNode()] * len(paths)
     contesting: dict[int, Leaf] = {}
-    for i, (rule, *inputs) in enumerate(zip(*columns, strict=True)):
+    for i, (rule, mask, gradient, score) in enumerate(zip(*columns, strict=True)):
         if rule is None:
-            if inputs[0] is not None:  # of an earlier rule
-                results[i] = inputs[0]
+            if mask is not None:  # of an earlier rule
+                results[i] = mask
             continue
-        leaf = Leaf(paths[i], rule, jnp.asarray(weights[i]), *inputs)
+        leaf = Leaf(
+            paths[i],
+            rule,
+            jnp.asarray(weights[i]),
+            mask,
+            gradient if rule.scores_gradients else None,
+            score,
+        )
         if leaf.mask is not None and leaf.mask.shape != leaf.weights.shape:
             raise ValueError(
                 f"the mask of {leaf.path} must have its shape {leaf.weights.shape}, "
