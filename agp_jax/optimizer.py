@@ -48,9 +48,9 @@ def prune(
     where masked. Nothing else needs to be called.
 
     The wrapped optimizer sees gradients that are zero where masked. At an event the
-    weights are ranked as this update would leave them, and what goes also loses its
-    entries in every array of the optimizer's state that has the parameter's shape,
-    such as its momentum. `update` takes `scores=`, a tree like the parameters that
+    weights that `update` is given are ranked, and what goes also loses its entries in
+    every array of the optimizer's state that has the parameter's shape, such as its
+    momentum. `update` takes `scores=`, a tree like the parameters that
     replaces the rules' scores at events; other extra arguments go to `inner`.
 
     Wrap the whole optimizer: a transformation that comes after this one changes the
@@ -107,16 +107,19 @@ def prune(
             )
         matched = match_rules(rules, params)
         step = jnp.asarray(optax.safe_increment(state.step))
+        is_event = _is_event(matched, step)
 
-        def remake() -> tuple[PyTree, PyTree]:
+        def remake() -> PyTree:
             masks = _unpacked(state.masks)
-            masks = remake_masks(params, matched, step, masks, updates, scores)
-            return store(masks), _mask_mirrors(state.inner_state, masks, params)
+            return store(remake_masks(params, matched, step, masks, updates, scores))
 
-        # The masks come first, so that one fused pass can make the masked update.
-        stored, inner_state = jax.lax.cond(
-            _is_event(matched, step), remake, lambda: (state.masks, state.inner_state)
-        )
+        def forget() -> PyTree:
+            return _mask_mirrors(state.inner_state, _unpacked(stored), params)
+
+        # The masks come first, so that one fused pass can make the masked update. The
+        # state goes apart, or XLA would choose again for it, from a copy of the masks.
+        stored = jax.lax.cond(is_event, remake, lambda: state.masks)
+        inner_state = jax.lax.cond(is_event, forget, lambda: state.inner_state)
         masks = _unpacked(stored)
         new_updates, inner_state = inner.update(
             apply_masks(updates, masks),
