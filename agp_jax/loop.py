@@ -198,7 +198,7 @@ def _agreed_fingerprint(experiment: Experiment, state: State) -> str:
 
 def _list_rules(experiment: Experiment) -> list[Rule]:
     """The rule of each tensor that is pruned."""
-    return jax.tree.leaves(experiment.matched, is_leaf=lambda x: isinstance(x, Rule))
+    return jax.tree.leaves(experiment.matched)
 
 
 def _last_event(experiment: Experiment) -> int:

@@ -174,12 +174,11 @@ def fingerprint(masks: PyTree) -> jax.Array:
     """
     total = jnp.zeros((), jnp.uint32)
     for number, mask in enumerate(jax.tree.leaves(masks), start=1):
-        place = jnp.uint32(number) * jnp.uint32(0x9E3779B9)
-        stride = 1
-        for axis in reversed(range(mask.ndim)):
+        place = jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(mask.shape):
             along = jax.lax.broadcasted_iota(jnp.uint32, mask.shape, axis)
-            place = place + along * jnp.uint32(stride % 2**32)
-            stride *= mask.shape[axis]
+            place = place * jnp.uint32(size) + along
+        place = place + jnp.uint32(number) * jnp.uint32(0x9E3779B9)
         # A sum of integers does not depend on its order, hence not on the devices.
         total += jnp.sum(jnp.where(mask, _scramble(place), 0), dtype=jnp.uint32)
     return total

@@ -179,8 +179,8 @@ def _unpacked(masks: PyTree) -> PyTree:
 
 
 def _is_event(matched: PyTree, step: jax.Array) -> jax.Array:
-    rules = jax.tree.leaves(matched, is_leaf=lambda x: isinstance(x, Rule))
-    happens = [s.is_event(step) for s in {rule.schedule for rule in rules}]
+    schedules = {rule.schedule for rule in jax.tree.leaves(matched)}
+    happens = [schedule.is_event(step) for schedule in schedules]
     return jnp.any(jnp.stack(happens)) if happens else jnp.zeros((), bool)
 
 

@@ -41,9 +41,7 @@ def pack(mask: jax.Array) -> PackedMask | jax.Array:
     # Not jnp.packbits and unpackbits: their transposes would give the bits another
     # layout in memory, and keep XLA from unpacking them where the mask is used.
     filled = [(0, -mask.shape[a] % 8 if a == axis else 0) for a in axes]
-    split = split_axis(
-        jnp.pad(mask, filled) if any(map(sum, filled)) else mask, axis, 8
-    )
+    split = split_axis(jnp.pad(mask, filled), axis, 8)
     bits = jnp.sum(
         split.astype(jnp.uint8) << _shifts(split.shape, axis), axis + 1, dtype=jnp.uint8
     )
@@ -54,10 +52,6 @@ def unpack(mask: PackedMask | jax.Array) -> jax.Array:
     """The bool array that was packed; any other mask as it is."""
     if not isinstance(mask, PackedMask):
         return mask
-    if mask.bits.size == 0:
-        shape = list(mask.bits.shape)
-        shape[mask.axis] = mask.size
-        return jnp.zeros(shape, bool)
     repeated = jnp.expand_dims(mask.bits, mask.axis + 1)
     split = (*mask.bits.shape[: mask.axis + 1], 8, *mask.bits.shape[mask.axis + 1 :])
     shape = list(mask.bits.shape)

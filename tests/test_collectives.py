@@ -1,16 +1,13 @@
 """What pruning adds to the traffic between devices, read from the compiled program."""
 
-import collections
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import agp_jax as agp
+from benchmarks import programs
 
 STRUCTURES = {
     "element": dict(structure=agp.element()),
@@ -27,8 +24,6 @@ SPECS = {
     "replicated": PartitionSpec(),
 }
 SHAPE = 256, 384
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "u8": 1, "s8": 1, "s64": 8}
-MOVES = "all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
 
 
 def compiled_step(kind, spec, axis_type, num_leaves=2, packed=False):
@@ -44,70 +39,46 @@ def compiled_step(kind, spec, axis_type, num_leaves=2, packed=False):
         packed=packed,
     )
 
-    def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * stacked, *spec))
-    weight = jax.ShapeDtypeStruct(
-        (3,) * stacked + SHAPE, jnp.float32, sharding=sharding
-    )
-    params = {f"w{i}": weight for i in range(num_leaves)}
+    stack = (3,) * stacked
+    weight = jax.ShapeDtypeStruct((*stack, *SHAPE), jnp.float32)
+    specs = {
+        f"w{i}": PartitionSpec(*[None] * stacked, *spec) for i in range(num_leaves)
+    }
+    params = programs.place(dict.fromkeys(specs, weight), mesh, specs)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(tx.init, params)
-        whole = NamedSharding(mesh, PartitionSpec())
-        # On an automatic mesh a mask lies as its parameter does, as a jitted init says.
-        state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape,
-                x.dtype,
-                sharding=x.sharding
-                if axis_type == AxisType.Explicit
-                else (sharding if x.shape == weight.shape else whole),
-            ),
-            state,
-        )
-        return (
-            jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+        if axis_type == AxisType.Auto:  # there a jitted init says how masks lie
+            state = programs.place(state, mesh, specs)
+        return programs.build(
+            programs.make_step(tx), params, state, params, donate=(0, 1)
         )
 
 
-def collectives(compiled):
-    """(kind, bytes) of each in the text; the kinds that move data, and all-reduce."""
-    found = []
-    for line in compiled.as_text().splitlines():
-        match = re.search(rf" = (.*?) ({MOVES}|all-reduce)(-start)?\(", line)
-        if match:
-            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            size = sum(
-                BYTES[dtype] * math.prod(map(int, filter(None, dims.split(","))))
-                for dtype, dims in shapes
-            )
-            found.append((match[2], size))
-    return found
+def moves(program):
+    """The collectives that do more than add up."""
+    return [x for x in programs.collectives(program) if x.kind != "all-reduce"]
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("kind", STRUCTURES)
 def test_no_weights_scores_or_masks_are_moved(kind, spec, axis_type):
-    compiled = compiled_step(kind, SPECS[spec], axis_type)
-    moved = [x for x in collectives(compiled) if x[0] != "all-reduce"]
-    assert all(size <= 4096 for _, size in moved), moved
+    program = compiled_step(kind, SPECS[spec], axis_type)
+    assert all(x.num_bytes <= 4096 for x in moves(program)), moves(program)
     if spec == "replicated":
-        assert not collectives(compiled)
+        assert not programs.collectives(program)
 
 
 def test_a_packed_mask_is_not_moved_where_the_sharding_is_known():
-    compiled = compiled_step("element", SPECS["both"], AxisType.Explicit, packed=True)
-    assert all(size <= 4096 for _, size in collectives(compiled))
+    program = compiled_step("element", SPECS["both"], AxisType.Explicit, packed=True)
+    assert all(x.num_bytes <= 4096 for x in programs.collectives(program))
 
 
 @pytest.mark.parametrize("kind", ["element", "global", "n_m"])
 def test_the_number_of_all_reduces_does_not_grow_with_the_leaves(kind):
     counts = []
     for num_leaves in (2, 8):
-        compiled = compiled_step(kind, SPECS["both"], AxisType.Auto, num_leaves)
-        kinds = collections.Counter(kind for kind, _ in collectives(compiled))
-        counts.append(kinds["all-reduce"])
+        program = compiled_step(kind, SPECS["both"], AxisType.Auto, num_leaves)
+        found = programs.collectives(program).items()
+        counts.append(sum(n for x, n in found if x.kind == "all-reduce"))
     assert counts[0] == counts[1]
