@@ -74,7 +74,7 @@ def test_a_packed_mask_is_not_moved_where_the_sharding_is_known():
     assert all(x.num_bytes <= 4096 for x in programs.collectives(program))
 
 
-@pytest.mark.parametrize("kind", ["element", "global", "n_m"])
+@pytest.mark.parametrize("kind", STRUCTURES)
 def test_the_number_of_all_reduces_does_not_grow_with_the_leaves(kind):
     counts = []
     for num_leaves in (2, 8):
