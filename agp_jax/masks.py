@@ -15,6 +15,7 @@ import optax
 
 from agp_jax.contests import Leaf, hold_contests, keep_n_of_m
 from agp_jax.rules import Rule, match_rules
+from agp_jax.shardings import indices_along
 from agp_jax.trees import PyTree, flatten_with_paths, leaves_of
 
 
@@ -176,7 +177,7 @@ def fingerprint(masks: PyTree) -> jax.Array:
     for number, mask in enumerate(jax.tree.leaves(masks), start=1):
         place = jnp.zeros((), jnp.uint32)
         for axis, size in enumerate(mask.shape):
-            along = jax.lax.broadcasted_iota(jnp.uint32, mask.shape, axis)
+            along = indices_along(mask, axis, jnp.uint32)
             place = place * jnp.uint32(size) + along
         place = place + jnp.uint32(number) * jnp.uint32(0x9E3779B9)
         # A sum of integers does not depend on its order, hence not on the devices.

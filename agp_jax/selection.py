@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from agp_jax.keys import INFINITY, LOWEST
-from agp_jax.shardings import replicate
+from agp_jax.shardings import indices_along, replicate
 
 # Thresholds of the first pass: where trained weights tend to lie, and infinity.
 _FIRST_THRESHOLDS = np.array([[2**-9, 2**-6, 2**-5, 2**-3, np.inf]], np.float32)
@@ -87,7 +87,7 @@ def keep_largest(
     for entrant, row in zip(entrants, rows, strict=True):
         keys = entrant.keys(*entrant.arrays)
         least, last_place = _columns(table, entrant, row)
-        in_place = _places(entrant, jnp.int32(0)) >= last_place
+        in_place = _places(entrant, keys, jnp.int32(0)) >= last_place
         kept.append((keys > least) | ((keys == least) & in_place))
     return kept
 
@@ -280,7 +280,7 @@ def _count(
         )
         by_position, least, *tried = _columns(own_table, entrant, row)
         keys = entrant.keys(*arrays)
-        places = jnp.where(keys == least, _places(entrant, zero), LOWEST)
+        places = jnp.where(keys == least, _places(entrant, keys, zero), LOWEST)
         values = jnp.where(by_position > 0, places, keys)
         # One reduction for all thresholds: the keys are read once, and XLA makes a
         # plain loop of it, where it would store the operand of a single large sum.
@@ -313,8 +313,8 @@ def _columns(table: jax.Array, entrant: Entrant, row: jax.Array) -> list[jax.Arr
     ]
 
 
-def _places(entrant: Entrant, zero: jax.Array) -> jax.Array:
-    """int32 of the keys' shape, the higher the earlier: -1 for a contest's first.
+def _places(entrant: Entrant, keys: jax.Array, zero: jax.Array) -> jax.Array:
+    """int32 of the shape of `keys`, the higher the earlier: -1 for a contest's first.
 
     `zero` comes first in every sum, or XLA would compute and store it all beforehand.
     """
@@ -322,7 +322,7 @@ def _places(entrant: Entrant, zero: jax.Array) -> jax.Array:
     for axis in range(entrant.num_row_axes, len(entrant.shape)):
         size = entrant.shape[axis]
         if size > 1:
-            along = lax.broadcasted_iota(jnp.int32, entrant.shape, axis)
+            along = indices_along(keys, axis, jnp.int32)
             place = place * np.int32(size) - along
     return jnp.broadcast_to(place - np.int32(entrant.first_position + 1), entrant.shape)
 

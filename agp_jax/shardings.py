@@ -9,6 +9,7 @@ import math
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 
 def num_shards(values: jax.Array, axis: int) -> int:
@@ -40,6 +41,17 @@ def split_axis(values: jax.Array, axis: int, parts: int) -> jax.Array:
     together = PartitionSpec(*spec[:axis], None, None, *spec[axis + 1 :])
     mesh = jax.typeof(values).sharding.mesh
     return jax.lax.reshape(values, split, out_sharding=NamedSharding(mesh, together))
+
+
+def indices_along(values: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
+    """The index along `axis` of every entry, in the shape and layout of `values`."""
+    known = any(name is not None for name in _spec(values))
+    return jax.lax.broadcasted_iota(
+        dtype,
+        values.shape,
+        axis,
+        out_sharding=jax.typeof(values).sharding if known else None,
+    )
 
 
 def divides_locally(values: jax.Array, axis: int, parts: int) -> bool:
