@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agp_jax.contests import Leaf, hold_contests, keep_n_of_m
+from agp_jax.cells import Leaf, enter, mask_of_cells
+from agp_jax.contests import hold_contests, keep_n_of_m
 from agp_jax.rules import Rule, match_rules
 from agp_jax.shardings import indices_along
 from agp_jax.trees import PyTree, flatten_with_paths, leaves_of
@@ -105,9 +106,11 @@ def remake_masks(
         else:
             contesting[i] = leaf
     if contesting:
-        new_masks = hold_contests(list(contesting.values()), step)
-        for i, mask in zip(contesting, new_masks, strict=True):
-            results[i] = mask
+        leaves = list(contesting.values())
+        rules = [leaf.rule for leaf in leaves]
+        kept = hold_contests([enter(leaf) for leaf in leaves], rules, step)
+        for (i, leaf), cells in zip(contesting.items(), kept, strict=True):
+            results[i] = mask_of_cells(leaf, cells)
     return treedef.unflatten(results)
 
 

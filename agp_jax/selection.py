@@ -50,7 +50,7 @@ class Entrant(NamedTuple):
     arrays: tuple[jax.Array, ...]
     keys: Callable[..., jax.Array]
     shape: tuple[int, ...]
-    contest: int
+    contest: int = 0
     num_row_axes: int = 0
     first_position: int = 0
     idle_bits: int = 0

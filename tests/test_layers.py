@@ -19,7 +19,8 @@ CORE = [
     "selection",  # the largest scores, exactly
     "rules",  # which parameter is pruned by what
     "packing",  # masks at one bit per weight
-    "contests",
+    "cells",  # what a parameter's cells are ranked by
+    "contests",  # which cells compete, and how many go
     "masks",  # what the rules keep at a step
     "optimizer",  # the optax transformation that prunes
 ]

@@ -1,0 +1,171 @@
+"""The cells of a parameter: what they are ranked by, and masks made of them."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from agp_jax.keys import LOWEST, magnitude_bits, ordered_bits
+from agp_jax.rules import Rule
+from agp_jax.schedules import Schedule
+from agp_jax.selection import Entrant
+from agp_jax.structures import (
+    Structure,
+    any_in_boxes,
+    box_shape,
+    fill_boxes,
+    grid_shape,
+    sum_boxes,
+)
+
+
+class Leaf(NamedTuple):
+    """A parameter that a rule prunes, with what its cells are ranked by."""
+
+    path: str
+    rule: Rule
+    weights: jax.Array
+    mask: jax.Array | None
+    gradient: jax.Array | None
+    score: jax.Array | None
+
+    @property
+    def structure(self) -> Structure:
+        assert self.rule.structure is not None  # or it would not be pruned
+        return self.rule.structure
+
+    @property
+    def schedule(self) -> Schedule:
+        assert self.rule.schedule is not None
+        return self.rule.schedule
+
+    @property
+    def ranks_magnitudes(self) -> bool:
+        """Whether the scores are the absolute values of the weights."""
+        return self.rule.score is jnp.abs and self.score is None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of the leading axes, of which each entry is ranked by itself."""
+        return self.weights.shape[: self.rule.stacked_axes]
+
+    @property
+    def cell_shape(self) -> tuple[int, ...]:
+        """The shape of one separately ranked tensor."""
+        return self.weights.shape[self.rule.stacked_axes :]
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        return box_shape(self.structure, self.cell_shape)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return grid_shape(self.box, self.cell_shape)
+
+
+def enter(leaf: Leaf) -> Entrant:
+    """The cells of `leaf` as they enter a contest, or one for each row."""
+    if math.prod(leaf.box) == 1:
+        # A weight is a cell: nothing is stored, each pass scores the weights anew.
+        arrays = {k: x for k, x in leaf._asdict().items() if isinstance(x, jax.Array)}
+
+        def keys(*values: jax.Array) -> jax.Array:
+            again: Any = zip(arrays, values, strict=True)
+            return weight_keys(leaf._replace(**dict(again)))
+
+        inputs = tuple(arrays.values())
+    else:
+        scores = weight_scores(leaf)
+        if leaf.mask is None:
+            inputs = (sum_boxes(scores, leaf.box),)
+        else:
+            scores = jnp.where(leaf.mask, scores, 0.0)
+            alive = any_in_boxes(leaf.mask, leaf.box)
+            inputs = (sum_boxes(scores, leaf.box), alive)
+        keys = cell_keys
+    return Entrant(
+        inputs,
+        keys,
+        shape=(*leaf.row_shape, *leaf.grid),
+        num_row_axes=leaf.rule.stacked_axes,
+        idle_bits=_idle_bits(leaf),
+    )
+
+
+def mask_of_cells(leaf: Leaf, kept: jax.Array) -> jax.Array:
+    """The mask of `leaf` that keeps the cells `kept`, of those it has not lost yet."""
+    mask = jnp.broadcast_to(fill_boxes(kept, leaf.box), leaf.weights.shape)
+    if leaf.mask is not None:
+        return mask & leaf.mask
+    # A NaN is kept, as all of its tensor is. Saying so here gives the mask the sharding
+    # of the weights.
+    return mask | jnp.isnan(leaf.weights)
+
+
+def weight_keys(leaf: Leaf) -> jax.Array:
+    """The key of each weight; that of infinity where it or its score is not finite."""
+    if leaf.ranks_magnitudes:
+        keys = magnitude_bits(leaf.weights)
+    else:
+        keys = ordered_bits(weight_scores(leaf))
+    return _removed_lowest(keys, leaf.mask)
+
+
+def cell_keys(scores: jax.Array, alive: jax.Array | None = None) -> jax.Array:
+    return _removed_lowest(ordered_bits(scores), alive)
+
+
+def _removed_lowest(keys: jax.Array, alive: jax.Array | None) -> jax.Array:
+    return keys if alive is None else jnp.where(alive, keys, LOWEST)
+
+
+def weight_scores(leaf: Leaf) -> jax.Array:
+    """float32 scores of the weights' shape, not finite where a weight or its score is
+    not."""
+    weights = _as_float32(leaf.weights)
+    if leaf.score is not None:
+        scores = jnp.asarray(leaf.score)
+    elif leaf.rule.scores_gradients:
+        if leaf.gradient is None:
+            raise ValueError(
+                f"{leaf.rule} ranks {leaf.path} by gradients, which there are none of "
+                f"here: let its schedule begin at step 1 or later, or with no initial "
+                f"sparsity"
+            )
+        scores = leaf.rule.score(weights, _as_float32(leaf.gradient))
+    else:
+        scores = leaf.rule.score(weights)
+    if scores.shape != weights.shape:
+        raise ValueError(
+            f"scores for {leaf.path} must have its shape {weights.shape}, got "
+            f"{scores.shape}"
+        )
+    scores = scores.astype(jnp.float32)
+    if not leaf.ranks_magnitudes:
+        scores = jnp.where(jnp.isfinite(weights), scores, jnp.inf)
+    return scores
+
+
+def _idle_bits(leaf: Leaf) -> int:
+    """How many low bits of all keys are zero: float32 digits the weights don't have."""
+    if leaf.ranks_magnitudes and math.prod(leaf.box) == 1:
+        return max(
+            jnp.finfo(jnp.float32).nmant - jnp.finfo(leaf.weights.dtype).nmant, 0
+        )
+    return 0
+
+
+def _as_float32(values: jax.Array) -> jax.Array:
+    """`values` in float32, with no more digits than their own dtype has.
+
+    XLA keeps the digits of a sum that bfloat16 would drop, if it can; ranking must not
+    depend on that.
+    """
+    kind = jnp.finfo(values.dtype)
+    wide = values.astype(jnp.float32)
+    return (
+        jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
+        if kind.bits < 32
+        else wide
+    )
