@@ -4,6 +4,7 @@ A contest is a set of cells that are ranked together: those of a tensor, of one 
 a tensor with stacked axes, or of all tensors of a rule.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -42,11 +43,11 @@ def keep_n_of_m(leaf: Leaf, step: int | jax.Array) -> jax.Array:
     assert leaf.structure.keep_n_of_m is not None
     _, m, axis = leaf.structure.keep_n_of_m  # the schedule ends at n, says `Rule`
     axis = leaf.rule.stacked_axes + axis % len(leaf.cell_shape)
-    keys = weight_keys(leaf)
-    cell_axes = tuple(range(leaf.rule.stacked_axes, keys.ndim))
-    sound = jnp.all(keys < INFINITY, axis=cell_axes, keepdims=True)
+    rivals = _rival_keys(leaf, axis, m)
+    finite = functools.reduce(jnp.logical_and, [keys < INFINITY for keys in rivals])
+    cell_axes = tuple(range(leaf.rule.stacked_axes, finite.ndim))
+    sound = jnp.all(finite, axis=cell_axes, keepdims=True)
     num_kept = m - sound * _num_removed_of_m(leaf.schedule, m, step)
-    rivals = neighbours(keys, axis, m)
     kept = []
     for i, own in enumerate(rivals):
         # How many of its group come before a weight: equal keys go by place.
@@ -55,6 +56,19 @@ def keep_n_of_m(leaf: Leaf, step: int | jax.Array) -> jax.Array:
         kept.append(rank < num_kept)
     kept = jnp.stack(kept, axis=axis + 1).reshape(leaf.weights.shape)
     return kept if leaf.mask is None else kept & leaf.mask
+
+
+def _rival_keys(leaf: Leaf, axis: int, m: int) -> list[jax.Array]:
+    """The keys of every m neighbours along `axis`, taken apart."""
+    if not leaf.ranks_magnitudes:
+        return neighbours(weight_keys(leaf), axis, m)
+    # Taken apart first, or XLA would store all keys.
+    weights = neighbours(leaf.weights, axis, m)
+    masks = [None] * m if leaf.mask is None else neighbours(leaf.mask, axis, m)
+    return [
+        weight_keys(leaf._replace(weights=x, mask=mask))
+        for x, mask in zip(weights, masks, strict=True)
+    ]
 
 
 class _Contests(NamedTuple):
