@@ -1,5 +1,7 @@
 """Automated Gradual Pruning for JAX: schedules, masks and an optax wrapper."""
 
+from agp_jax.costs import Cost as Cost
+from agp_jax.costs import measure_cost as measure_cost
 from agp_jax.masks import apply_masks as apply_masks
 from agp_jax.masks import fingerprint as fingerprint
 from agp_jax.masks import make_masks as make_masks

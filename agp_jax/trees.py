@@ -79,8 +79,6 @@ def map_mirrors(
       params: the parameters.
       values: one for each leaf of `params`.
     """
-    treedef = jax.tree.structure(params)
-    indices = treedef.unflatten(range(treedef.num_leaves))
     shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
 
     def map_leaf(leaf: Any, i: int) -> Any:
@@ -88,18 +86,38 @@ def map_mirrors(
         mirrors = is_float and jnp.shape(leaf) == shapes[i]
         return function(leaf, values[i]) if mirrors else leaf
 
+    return map_mirrored(map_leaf, tree, params)
+
+
+def map_mirrored(
+    function: Callable[[Any, int], Any],
+    tree: PyTree,
+    params: PyTree,
+    *,
+    is_leaf: Callable[[Any], bool] = lambda x: False,
+) -> PyTree:
+    """Applies `function(leaf, number of its parameter)` to all subtrees like `params`.
+
+    As `map_mirrors`, but to every leaf of such subtrees, whatever its type and shape;
+    `is_leaf` says what counts as one.
+    """
+    treedef = jax.tree.structure(params)
+    numbers = treedef.unflatten(range(treedef.num_leaves))
+
     def map_mirror(subtree: PyTree) -> PyTree | None:
         """None for a subtree that does not mirror the parameters."""
-        leaves, structure = jax.tree.flatten(subtree, is_leaf=_is_masked_node)
+        leaves, structure = jax.tree.flatten(
+            subtree, is_leaf=lambda x: _is_masked_node(x) or is_leaf(x)
+        )
         try:
-            places = structure.flatten_up_to(indices)
+            places = structure.flatten_up_to(numbers)
         except ValueError:
             return None
         pairs = list(zip(leaves, places, strict=True))
         if not all(isinstance(i, int) or _is_masked_node(x) for x, i in pairs):
             return None
         return structure.unflatten(
-            x if _is_masked_node(x) else map_leaf(x, i) for x, i in pairs
+            x if _is_masked_node(x) else function(x, i) for x, i in pairs
         )
 
     def visit(node: PyTree) -> PyTree:
@@ -119,6 +137,28 @@ def map_children(function: Callable[..., Any], node: PyTree, *rest: PyTree) -> P
         return node
     children = [top.flatten_up_to(other) for other in (node, *rest)]
     return top.unflatten(map(function, *children))
+
+
+def subtree_at(tree: PyTree, prefix: str) -> PyTree:
+    """The part of `tree` whose paths start with `prefix`, by their paths in it.
+
+    >>> subtree_at({"a": {"b": 1, "c": 2}}, "a/c")
+    2
+    """
+    node, at = tree, ""
+    while at != prefix:
+        children, _ = jax.tree_util.tree_flatten_with_path(
+            node, is_leaf=lambda x, node=node: x is not node
+        )
+        for keys, child in children:
+            path = f"{at}/{path_string(keys)}" if at else path_string(keys)
+            if keys and f"{prefix}/".startswith(f"{path}/"):
+                node, at = child, path
+                break
+        else:
+            paths, _, _ = flatten_with_paths(tree)
+            raise ValueError(f"nothing is under {prefix!r}; there are {paths}")
+    return node
 
 
 def _is_masked_node(x: Any) -> bool:

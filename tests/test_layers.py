@@ -19,10 +19,12 @@ CORE = [
     "selection",  # the largest scores, exactly
     "rules",  # which parameter is pruned by what
     "packing",  # masks at one bit per weight
+    "jaxprs",  # traced functions as plain values
     "cells",  # what a parameter's cells are ranked by
-    "contests",  # which cells compete, and how many go
+    "contests",  # which of these compete, and how many go
     "masks",  # what the rules keep at a step
     "optimizer",  # the optax transformation that prunes
+    "costs",  # parameters, non-zeros and multiply-adds
 ]
 APPLICATION = [
     "models",
