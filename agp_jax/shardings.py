@@ -28,6 +28,16 @@ def replicate(values: jax.Array) -> jax.Array:
     return jax.sharding.reshard(values, NamedSharding(mesh, PartitionSpec()))
 
 
+def bring_together(values: jax.Array, axis: int) -> jax.Array:
+    """The same, with `axis` whole on every device; other axes stay divided."""
+    spec = _spec(values)
+    if spec[axis] is None:
+        return values
+    mesh = jax.typeof(values).sharding.mesh
+    together = PartitionSpec(*spec[:axis], None, *spec[axis + 1 :])
+    return jax.sharding.reshard(values, NamedSharding(mesh, together))
+
+
 def split_axis(values: jax.Array, axis: int, parts: int) -> jax.Array:
     """Splits `axis` into (groups, parts), the second right after the first.
 

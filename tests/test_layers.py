@@ -20,10 +20,23 @@ CORE = [
     "rules",  # which parameter is pruned by what
     "packing",  # masks at one bit per weight
     "jaxprs",  # traced functions as plain values
+    "atoms",  # what goes together, as a union-find
+    "labels",  # what is known about an axis
+    "elementwise",  # what ties what, and where zeros stay zeros
+    "moves",  # a rule for each primitive that hands axes on
+    "sums",  # and for each that reduces them
+    "propagation",  # these rules, applied to a whole program
+    "analyses",  # the labels of a whole function
+    "couplings",  # which slices of which leaves go together
     "cells",  # what a parameter's cells are ranked by
     "contests",  # which of these compete, and how many go
     "masks",  # what the rules keep at a step
     "optimizer",  # the optax transformation that prunes
+    "cuts",  # which slices stay
+    "plans",  # what a cut leaves of every value of a function
+    "resizing",  # equations whose parameters hold a size
+    "replay",  # a function at the shapes of a cut
+    "thinning",  # trees and states of a cut
     "costs",  # parameters, non-zeros and multiply-adds
 ]
 APPLICATION = [

@@ -1,0 +1,153 @@
+"""Analyses: the labels of a function of variables, and which layers are stacked.
+
+Layers that a `scan` steps through have their weights stacked along a leading axis. What
+is coupled within the body alone may be removed in each layer for itself, as many units
+in one layer as in another.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agp_jax.atoms import FROZEN
+from agp_jax.jaxprs import Equation, Program, Variable, scan_counts, trace
+from agp_jax.labels import Axis, Flow, Value
+from agp_jax.propagation import propagate
+from agp_jax.trees import PyTree, flatten_with_paths
+
+
+class Analysis(NamedTuple):
+    """What is known about `fn(variables, *inputs)`.
+
+    Attributes:
+      program: the traced function; its inputs are the leaves in order.
+      flow: the labels of all its values.
+      paths: of the leaves of the variables.
+      leaves: the axes of each leaf of the variables.
+      out: what the function returns, as a tree of abstract arrays.
+    """
+
+    program: Program
+    flow: Flow
+    paths: list[str]
+    leaves: list[tuple[Axis, ...]]
+    out: PyTree
+
+
+def analyse(
+    fn: Callable[..., PyTree],
+    variables: PyTree,
+    *inputs: PyTree,
+    freeze_outputs: bool,
+) -> Analysis:
+    """Labels a function's values; nothing is computed."""
+    abstract = jax.tree.map(abstract_array, (variables, *inputs))
+    program, out = trace(fn, *abstract)
+    paths, arrays, _ = flatten_with_paths(variables)
+    flow = Flow()
+    leaves = [
+        tuple(
+            Axis(flow.fresh(size).atoms, frozenset({(i, k)}), frozenset({i}))
+            for k, size in enumerate(jnp.shape(x))
+        )
+        for i, x in enumerate(arrays)
+    ]
+    values = [Value(axes, True, i) for i, axes in enumerate(leaves)]
+    input_paths, _, _ = flatten_with_paths(inputs)
+    for variable, path in zip(program.inputs[len(leaves) :], input_paths, strict=True):
+        reason = f"input {path}, whose shape is given"
+        values.append(
+            Value(
+                tuple(
+                    flow.fixed_because(size, lambda text=reason: text)
+                    for size in variable.shape
+                )
+            )
+        )
+    outputs = propagate(flow, program, values)
+    if freeze_outputs:
+        for path, value in zip(flatten_with_paths(out)[0], outputs, strict=True):
+            text = f"output {path}".rstrip() + ", whose shape must stay"
+            flow.because(lambda text=text: text)
+            flow.freeze(*value.axes)
+    return Analysis(program, flow, paths, leaves, out)
+
+
+def abstract_array(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def stacked_atoms(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
+    """Which atoms may be removed in each layer of a stack for itself.
+
+    Returns:
+      For each atom the number of the stack it belongs to, counted from 1, and 0 if it
+      belongs to none; and for each stack how many layers it has, 0 for stack 0.
+    """
+    flow = analysis.flow
+    stacks = np.zeros(flow.atoms.size, np.int32)
+    layers = [0]
+    for equation in analysis.program.equations:
+        if equation.name == "scan":
+            members = _stacked_leaves(analysis, equation)
+            inside = _atoms_of(flow, (analysis.leaves[i][1:] for i in members))
+            outside = _atoms_of(flow, _axes_outside(analysis, equation, members))
+            own = inside & ~outside
+            own[FROZEN] = False
+            layers.append(equation.params["length"])
+            stacks[own] = len(layers) - 1
+    return stacks, np.array(layers)
+
+
+def _stacked_leaves(analysis: Analysis, scan: Equation) -> set[int]:
+    """The leaves that are used as the weights of the layers of `scan`, and only so."""
+    values = analysis.flow.values
+    first = sum(scan_counts(scan))
+    known = [values[v].leaf for v in scan.inputs[first:] if v in values]
+    stacked = {leaf for leaf in known if leaf is not None}
+    misused: set[int | None] = set()
+    for equation in analysis.program.equations:
+        read = equation.inputs[:first] if equation is scan else equation.inputs
+        for variable in read:
+            leaf = values[variable].leaf if variable in values else None
+            copies = all(values[v].leaf == leaf for v in equation.outputs)
+            if not copies and not equation.name.startswith("reduce_"):
+                misused.add(leaf)
+    return stacked - misused
+
+
+def _axes_outside(
+    analysis: Analysis, scan: Equation, members: set[int]
+) -> Iterator[tuple[Axis, ...]]:
+    """The axes of everything but the body of `scan` and its stacked weights."""
+    values = analysis.flow.values
+    inner = set(_variables_of(scan.bodies))
+    for i, axes in enumerate(analysis.leaves):
+        if i not in members:
+            yield axes
+    for variable, value in values.items():
+        if variable not in inner and value.leaf not in members:
+            yield value.axes
+
+
+def _variables_of(programs: tuple[Program, ...]) -> Iterator[Variable]:
+    for program in programs:
+        yield from program.inputs
+        for equation in program.equations:
+            yield from equation.inputs
+            yield from equation.outputs
+            yield from _variables_of(equation.bodies)
+
+
+def _atoms_of(flow: Flow, axes: Iterator[tuple[Axis, ...]]) -> np.ndarray:
+    """Which atoms occur as factors of some axis, as a bool per atom."""
+    found = np.zeros(flow.atoms.size, bool)
+    seen: set[int] = set()
+    for axis in (axis for several in axes for axis in several):
+        if id(axis.atoms) not in seen:
+            seen.add(id(axis.atoms))
+            found[flow.atoms.factors(axis.atoms)] = True
+    return found

@@ -1,0 +1,271 @@
+"""Cuts: which slices stay, as plain values that a checkpoint can hold."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agp_jax.couplings import Couplings, Group, Member, slice_flags
+from agp_jax.trees import PyTree, flatten_with_paths
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cut(Mapping[str, Mapping[int, np.ndarray]]):
+    """The indices that stay, as `{path: {axis: indices}}`.
+
+    Indices are increasing, in a vector; or, for the stacked weights of layers, in an
+    array (layers, kept) with a row for each entry of the leaf's first axis.
+
+    Attributes:
+      kept: what stays along the axes that are cut; all else stays as it is.
+      shapes: of all leaves, before the cut.
+    """
+
+    kept: Mapping[str, Mapping[int, np.ndarray]]
+    shapes: Mapping[str, Shape]
+
+    def __getitem__(self, path: str) -> Mapping[int, np.ndarray]:
+        return self.kept[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cut) and self.to_dict() == other.to_dict()
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{path}: {self.shapes[path]} -> {self.thin_shape(path)}" for path in self
+        )
+
+    def thin_shape(self, path: str) -> Shape:
+        """The shape of a leaf after the cut."""
+        axes = self.kept.get(path, {})
+        return tuple(
+            axes[i].shape[-1] if i in axes else size
+            for i, size in enumerate(self.shapes[path])
+        )
+
+    def subtree(self, prefix: str) -> "Cut":
+        """The cut of the variables under `prefix` alone, by their paths there."""
+        start = prefix + "/"
+        inner = lambda tree: {  # noqa: E731
+            path.removeprefix(start): value
+            for path, value in tree.items()
+            if path.startswith(start)
+        }
+        shapes = inner(self.shapes)
+        if not shapes:
+            raise ValueError(f"nothing is under {prefix!r}; paths: {list(self.shapes)}")
+        return Cut(inner(self.kept), shapes)
+
+    def then(self, later: "Cut") -> "Cut":
+        """This cut and a later one of what it leaves, as one cut."""
+        for path, shape in later.shapes.items():
+            if path not in self.shapes or self.thin_shape(path) != shape:
+                raise ValueError(
+                    f"the later cut is of {path} with shape {shape}, but this cut "
+                    + (
+                        f"leaves {self.thin_shape(path)}"
+                        if path in self.shapes
+                        else "has no such path"
+                    )
+                )
+        kept = {path: dict(axes) for path, axes in self.kept.items()}
+        for path, axes in later.kept.items():
+            for axis, indices in axes.items():
+                mine = kept.setdefault(path, {})
+                mine[axis] = _pick(mine[axis], indices) if axis in mine else indices
+        return Cut(kept, self.shapes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cut as dicts, lists and numbers that JSON takes."""
+        return {
+            "kept": {
+                path: {str(axis): indices.tolist() for axis, indices in axes.items()}
+                for path, axes in self.kept.items()
+            },
+            "shapes": {path: list(shape) for path, shape in self.shapes.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Cut":
+        """The cut that `to_dict` has saved."""
+        return cls(
+            {
+                path: {int(axis): np.array(indices) for axis, indices in axes.items()}
+                for path, axes in saved["kept"].items()
+            },
+            {path: tuple(shape) for path, shape in saved["shapes"].items()},
+        )
+
+
+def plan_cut(
+    masks: PyTree,
+    couplings: Couplings,
+    *,
+    close: bool = False,
+    round_to: int = 1,
+    inexact: bool = False,
+) -> Cut:
+    """The cut that removes every unit whose slices are all masked.
+
+    A unit is dead if every slice of it that has a mask is masked, and every leaf whose
+    zeros make its removal exact has one. Leaves without masks, such as batch
+    statistics, follow. At least one unit of a group stays, and no axis of a value
+    inside the function becomes empty. In stacked layers each loses as many units as the
+    layer that loses least.
+
+    Args:
+      masks: bool arrays with the paths of the couplings: `{"params": masks}` for the
+        masks of linen parameters. `optax.MaskedNode()` or nothing where there is none.
+      couplings: of the function that will be thinned.
+      close: a unit is dead as soon as what makes it is masked: its slices in the leaves
+        of role "out" that have a mask. `check_cut` tells what this changes.
+      round_to: as many units stay that their number is a multiple of this, or all.
+      inexact: also cut groups that are not `exact`: what is summed or normalised over
+        the removed units changes.
+    """
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1, got {round_to}")
+    shapes = _shapes(couplings.variables)
+    known = _checked_masks(masks, shapes)
+    dead = [
+        _dead_units(group, known, close)
+        if group.exact or inexact
+        else np.zeros(group.units, bool)
+        for group in couplings.groups
+    ]
+    for axis in couplings.axes:
+        _keep_one(axis, dead)
+    for group, flags in zip(couplings.groups, dead, strict=True):
+        _keep_multiple(flags, round_to, group.units)
+    return cut_units(couplings, dead)
+
+
+def cut_units(couplings: Couplings, dead: Sequence[np.ndarray]) -> Cut:
+    """The cut that removes the flagged units of each group."""
+    shapes = _shapes(couplings.variables)
+    gone: dict[tuple[str, int], np.ndarray] = {}
+    for group, flags in zip(couplings.groups, dead, strict=True):
+        if flags.any():
+            for member in group.members:
+                home = (member.path, member.axis)
+                removed = slice_flags(member, flags, shapes[member.path])
+                gone[home] = gone.get(home, False) | removed
+    kept: dict[str, dict[int, np.ndarray]] = {}
+    for (path, axis), removed in sorted(gone.items(), key=lambda item: item[0]):
+        kept.setdefault(path, {})[axis] = _indices(~removed)
+    return Cut(kept, shapes)
+
+
+def _indices(flags: np.ndarray) -> np.ndarray:
+    """The places of True, in each row of a matrix."""
+    if flags.ndim == 1:
+        return np.flatnonzero(flags)
+    counts = flags.sum(axis=1)
+    assert (counts == counts[0]).all(), "stacked layers must keep equally many"
+    return np.nonzero(flags)[1].reshape(len(flags), -1)
+
+
+def _pick(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Indices into indices, where either may have a row for each layer."""
+    if first.ndim == second.ndim == 1:
+        return first[second]
+    layers = len(first) if first.ndim == 2 else len(second)
+    rows = [np.broadcast_to(x, (layers, x.shape[-1])) for x in (first, second)]
+    return np.take_along_axis(*rows, axis=1)
+
+
+def _shapes(variables: PyTree) -> dict[str, Shape]:
+    paths, leaves, _ = flatten_with_paths(variables)
+    return {path: tuple(x.shape) for path, x in zip(paths, leaves, strict=True)}
+
+
+def _checked_masks(masks: PyTree, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The masks by path, on the host where they are not divided over devices."""
+    known = {}
+    paths, leaves, _ = flatten_with_paths(masks)
+    for path, mask in zip(paths, leaves, strict=True):
+        if path not in shapes:
+            hint = next((p for p in shapes if p.endswith(f"/{path}")), None)
+            raise ValueError(
+                f"the masks have {path!r}, which the couplings have not"
+                + (
+                    f"; did you mean {hint!r}? Give the masks its prefix"
+                    if hint
+                    else ""
+                )
+            )
+        if tuple(mask.shape) != shapes[path] or mask.dtype != bool:
+            raise ValueError(
+                f"the mask of {path} must be bool of shape {shapes[path]}, got "
+                f"{mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        known[path] = mask if isinstance(mask, np.ndarray) else _on_host(mask)
+    return known
+
+
+def _on_host(mask: jax.Array) -> np.ndarray | jax.Array:
+    """The mask as a NumPy array, unless it is divided over devices."""
+    whole = len(mask.sharding.device_set) == 1
+    return np.asarray(mask) if whole else mask
+
+
+def _dead_units(group: Group, masks: Mapping[str, Any], close: bool) -> np.ndarray:
+    """Which units of a group the masks remove: (units,) or (layers, units)."""
+    shape = (group.layers, group.units) if group.layers else (group.units,)
+    members = [m for m in group.members if m.path in masks]
+    if close:
+        members = [m for m in members if m.role == "out"]
+    needs_more = any(m.is_needed and m.path not in masks for m in group.members)
+    if not members or (needs_more and not close):
+        return np.zeros(shape, bool)
+    dead = np.ones(shape, bool)
+    for member in members:
+        live = _live_along(masks[member.path], member, bool(group.layers))
+        dead &= ~live[..., member.indices].any(axis=-1)
+    return dead
+
+
+def _live_along(mask: Any, member: Member, by_layer: bool) -> np.ndarray:
+    """Which slices along the member's axis hold a kept weight, in each layer."""
+    stay = (0, member.axis) if by_layer else (member.axis,)
+    others = tuple(i for i in range(mask.ndim) if i not in stay)
+    if isinstance(mask, np.ndarray):
+        return np.any(mask, axis=others, keepdims=False)
+    return np.asarray(jax.device_get(jnp.any(mask, axis=others)))
+
+
+def _keep_one(axis: np.ndarray, dead: Sequence[np.ndarray]) -> None:
+    """Revives units, in place, until some index of an axis stays in every layer."""
+    columns = [
+        [(int(group), int(unit)) for group, unit in row if group >= 0] for row in axis
+    ]
+    removed = [[dead[group][..., unit] for group, unit in row] for row in columns]
+    gone = functools.reduce(
+        np.logical_and, (functools.reduce(np.logical_or, row) for row in removed)
+    )
+    if np.any(gone):
+        for group, unit in columns[0]:
+            flags = dead[group]
+            flags[..., unit] &= ~gone if flags.ndim == np.ndim(gone) + 1 else False
+
+
+def _keep_multiple(dead: np.ndarray, multiple: int, units: int) -> None:
+    """Revives units, in place, until equally many stay in all layers, and some."""
+    rows = dead.reshape(-1, units)
+    most = max(1, int((~rows).sum(axis=1).max()))
+    wanted = min(units, -(-most // multiple) * multiple)
+    for row in rows:
+        revived = np.flatnonzero(row)[: wanted - int((~row).sum())]
+        row[revived] = False

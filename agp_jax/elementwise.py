@@ -1,0 +1,121 @@
+"""Primitives that work element by element: what they tie, and where zeros stay zeros.
+
+Masked weights are zero, so it matters what a zero becomes. Where it stays zero all the
+way to a sum, removing it changes nothing.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from agp_jax.jaxprs import Equation, Variable
+from agp_jax.labels import Axis, Flow, Value, all_zeros, any_zeros, continued
+
+# A zero in gives a zero out.
+_KEEP_ZERO = set(
+    "abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p erf "
+    "erf_inv expm1 floor imag integer_pow log1p name neg real reduce_precision round "
+    "sharding_constraint sign sin sinh sqrt square tan tanh pvary pcast "
+    "psum_invariant stop_gradient".split()
+)
+# Zero if any operand is, or if all are.
+_ANY_ZERO = {"mul", "and"}
+_ALL_ZERO = {"add", "add_any", "sub", "max", "min", "or", "xor", "select_n", "clamp"}
+# Zero or not, it is not known here.
+_OTHER = set(
+    "acos acosh atan2 bessel_i0e bessel_i1e bitcast_convert_type clz complex cos cosh "
+    "digamma div eq eq_to erfc exp exp2 ge gt is_finite le le_to lgamma log logistic "
+    "lt lt_to ne nextafter not polygamma population_count pow rem rsqrt "
+    "shift_left shift_right_arithmetic shift_right_logical".split()
+)
+# Infinite, or without a finite derivative, at zero; of div and rem the divisor.
+_SINGULAR = set("acosh atan2 cbrt digamma div lgamma log pow rem rsqrt sqrt".split())
+
+ELEMENTWISE = _KEEP_ZERO | _ANY_ZERO | _ALL_ZERO | _OTHER
+
+
+def elementwise(
+    flow: Flow, equation: Equation, ins: Sequence[Value]
+) -> list[list[Axis]]:
+    """Ties all operands' axes; those of size 1 and scalars are repeated."""
+    result = []
+    for i, size in enumerate(equation.outputs[0].shape):
+        present = [k for k, v in enumerate(ins) if v.axes and v.axes[i].size == size]
+        axes = [ins[k].axes[i] for k in present]
+        if not axes:
+            result.append(flow.fixed(size))
+            continue
+        flow.unify(*axes)
+        _note_roles(flow, ins, i)
+        if _is_singular(equation, ins, present, i):
+            flow.changes(axes[0])
+        zeros = _zeros(equation, ins, i, size)
+        result.append(Axis(axes[0].atoms, continued(axes), zeros))
+    return [result]
+
+
+def _note_roles(flow: Flow, ins: Sequence[Value], i: int) -> None:
+    if not all(value.is_weight for value in ins):
+        for value in ins:
+            if value.axes:
+                flow.give_role(value.axes[i], "each")
+
+
+def _zeros(
+    equation: Equation, ins: Sequence[Value], i: int, size: int
+) -> frozenset[int] | None:
+    """The leaves whose zeros make the result zero where axis `i` is removed."""
+    name, params = equation.name, equation.params
+    operands = list(zip(equation.inputs, ins, strict=True))
+    axes = [v.axes[i] for _, v in operands if v.axes and v.axes[i].size == size]
+    if name == "integer_pow":
+        return axes[0].zeros if params["y"] > 0 else None
+    if name == "div":
+        first = ins[0].axes
+        return first[i].zeros if first and first[i].size == size else None
+    if name in _KEEP_ZERO:
+        return axes[0].zeros
+    if name in _ANY_ZERO:
+        return any_zeros(axes)
+    if name in _ALL_ZERO:
+        first = 1 if name == "select_n" else 0
+        rest = [
+            (k, variable, value)
+            for k, (variable, value) in enumerate(operands)
+            if k >= first
+        ]
+        if all(
+            (v.axes and v.axes[i].size == size) or _keeps_zero(name, k, variable)
+            for k, variable, v in rest
+        ):
+            return all_zeros(
+                [v.axes[i] for _, _, v in rest if v.axes and v.axes[i].size == size]
+            )
+    return None
+
+
+def _keeps_zero(name: str, place: int, variable: Variable) -> bool:
+    """Whether a scalar operand lets zeros pass: the 0 of max(x, 0), the 6 of min."""
+    if variable.constant is None or np.ndim(variable.constant):
+        return False
+    bound = {"max": "below", "min": "above"}.get(name)
+    if name == "clamp":
+        bound = "below" if place == 0 else "above"
+    if bound == "below":
+        return bool(variable.constant <= 0)
+    if bound == "above":
+        return bool(variable.constant >= 0)
+    return bool(variable.constant == 0)
+
+
+def _is_singular(
+    equation: Equation, ins: Sequence[Value], present: Sequence[int], i: int
+) -> bool:
+    """Whether zeros at removed indices become infinite or have no derivative."""
+    if equation.name == "integer_pow":
+        places = [0] if equation.params["y"] < 0 else []
+    elif equation.name not in _SINGULAR:
+        places = []
+    else:
+        places = [1] if equation.name in ("div", "rem") else list(range(len(ins)))
+    return any(ins[k].axes[i].zeros is not None for k in places if k in present)

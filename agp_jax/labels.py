@@ -1,0 +1,242 @@
+"""Labels: what is known about each axis of each value of a program.
+
+An axis carries an atom per index (see `atoms`), so that two axes whose atoms are equal
+are cut alike. A reshape that merges axes makes product atoms, and one that splits an
+axis takes them apart again.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from agp_jax.atoms import FROZEN, Atoms
+from agp_jax.jaxprs import Equation, Variable, source_line
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Axis:
+    """One axis of a value.
+
+    Attributes:
+      atoms: one per index.
+      leaves: which axes of which leaves it continues, as (leaf, axis), while the value
+        depends on the variables alone.
+      zeros: the leaves whose zeros make the value zero at every removed index; None if
+        the value need not be zero there.
+    """
+
+    atoms: np.ndarray
+    leaves: frozenset[tuple[int, int]] = frozenset()
+    zeros: frozenset[int] | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.atoms)
+
+
+class Value(NamedTuple):
+    """What is known about a value.
+
+    Attributes:
+      axes: one for each of its axes.
+      is_weight: whether it depends on nothing but the variables and constants.
+      leaf: the leaf whose axes these are, one for one, if the value is that leaf or
+        made of it element by element.
+    """
+
+    axes: tuple[Axis, ...]
+    is_weight: bool = False
+    leaf: int | None = None
+
+
+class Flow:
+    """The labels of one program, and what has been found out so far.
+
+    Attributes:
+      atoms: the atoms of all axes.
+      values: what is known about each variable.
+      makers: the equation that makes each variable.
+      roles: what the program does with each leaf's axis: "out", "in" or "each".
+      inexact: axes whose removal changes results, and the number of the reason.
+      relied: axes whose removal changes nothing because certain leaves are zero there.
+    """
+
+    def __init__(self):
+        self.atoms = Atoms()
+        self.values: dict[Variable, Value] = {}
+        self.makers: dict[Variable, Equation] = {}
+        self.roles: dict[tuple[int, int], set[str]] = {}
+        self.inexact: list[tuple[np.ndarray, int]] = []
+        self.relied: list[tuple[np.ndarray, frozenset[int]]] = []
+        self._reasons: list[Callable[[], str]] = [lambda: "a size of 1"]
+        self._now = 0
+        self._fixed: dict[int, Axis] = {}
+
+    def because(self, reason: Callable[[], str]) -> int:
+        """Names the reason for what follows, and its number."""
+        self._reasons.append(reason)
+        self._now = len(self._reasons) - 1
+        return self._now
+
+    def enter(self, equation: Equation) -> None:
+        """Makes `equation` the reason for what follows."""
+        self.because(lambda: f"{equation.name} at {source_line(equation)}")
+
+    def reason(self, number: int) -> str:
+        return self._reasons[number]()
+
+    def fresh(self, size: int, zeros: frozenset[int] | None = None) -> Axis:
+        """An axis tied to nothing yet."""
+        return Axis(self.atoms.fresh(size), zeros=zeros) if size > 1 else self.fixed(1)
+
+    def fixed(self, size: int) -> Axis:
+        """An axis that cannot shrink."""
+        if size not in self._fixed:
+            self._fixed[size] = Axis(np.full(size, FROZEN, np.int32))
+        return self._fixed[size]
+
+    def fixed_because(self, size: int, reason: Callable[[], str]) -> Axis:
+        """An axis that cannot shrink, nor what it is tied to, for a reason."""
+        atom = self.atoms.fresh_frozen(self.because(reason))
+        return Axis(np.full(size, atom, np.int32))
+
+    def freeze(self, *axes: Axis) -> None:
+        """Keeps axes from shrinking, because of the current equation."""
+        for axis in axes:
+            self.atoms.freeze(axis.atoms, self._now)
+
+    def unify(self, first: Axis, *others: Axis) -> None:
+        """Cuts axes alike from now on."""
+        for other in others:
+            if other.atoms is not first.atoms:
+                self.atoms.union(first.atoms, other.atoms, self._now)
+
+    def unify_values(self, first: Value, second: Value) -> None:
+        for one, other in zip(first.axes, second.axes, strict=True):
+            self.unify(one, other)
+
+    def give_role(self, axis: Axis, role: str) -> None:
+        for leaf in axis.leaves:
+            self.roles.setdefault(leaf, set()).add(role)
+
+    def sums_over(self, axis: Axis, *zeros: frozenset[int] | None) -> None:
+        """Notes that `axis` is summed over, of products whose factors have `zeros`.
+
+        Removed indices add nothing if one factor is zero there; else the sum changes.
+        """
+        proofs = [proof for proof in zeros if proof is not None]
+        if proofs:
+            self.relied.append((axis.atoms, min(proofs, key=len)))
+        else:
+            self.changes(axis)
+
+    def changes(self, axis: Axis) -> None:
+        """Notes that removing indices of `axis` changes the result."""
+        self.inexact.append((axis.atoms, self._now))
+
+
+def all_zeros(axes: Sequence[Axis]) -> frozenset[int] | None:
+    """The leaves that make every one of `axes` zero where removed."""
+    proofs = [axis.zeros for axis in axes]
+    return None if None in proofs else frozenset().union(*filter(None, proofs))
+
+
+def any_zeros(axes: Sequence[Axis]) -> frozenset[int] | None:
+    """The fewest leaves that make at least one of `axes` zero where removed."""
+    proofs = [axis.zeros for axis in axes if axis.zeros is not None]
+    return min(proofs, key=len) if proofs else None
+
+
+def continued(axes: Sequence[Axis]) -> frozenset[tuple[int, int]]:
+    return frozenset().union(*(axis.leaves for axis in axes))
+
+
+def reshape(flow: Flow, axes: Sequence[Axis], sizes: Shape) -> list[Axis]:
+    """The axes after a reshape: merged and split in blocks of equal size."""
+    old = tuple(axis.size for axis in axes)
+    if 0 in old or 0 in sizes:
+        flow.freeze(*axes)
+        return [flow.fixed(size) for size in sizes]
+    result = [flow.fixed(1)] * len(sizes)
+    for before, after in _blocks(old, sizes):
+        merged = merge(flow, [axes[i] for i in before])
+        parts = split(flow, merged, tuple(sizes[j] for j in after))
+        for j, part in zip(after, parts, strict=True):
+            result[j] = part
+    return result
+
+
+def merge(flow: Flow, axes: Sequence[Axis]) -> Axis:
+    """The axis that flattens `axes` in row-major order."""
+    if len(axes) == 1:
+        return axes[0]
+    shape = tuple(axis.size for axis in axes)
+    columns = [
+        np.broadcast_to(_along(axis.atoms, i, len(axes)), shape).ravel()
+        for i, axis in enumerate(axes)
+    ]
+    shrinking = [axis for axis in axes if flow.atoms.find(axis.atoms).any()]
+    atoms = flow.atoms.product(columns)
+    return Axis(atoms, continued(axes), all_zeros(shrinking))
+
+
+def split(flow: Flow, axis: Axis, sizes: Shape) -> list[Axis]:
+    """The axes that `axis` divides into.
+
+    Where every factor of its atoms varies along one new axis only, that axis takes
+    the factor: a flattened axis is taken apart as it was made. Otherwise the new axes
+    get atoms of their own, and the old ones become their products.
+    """
+    if len(sizes) == 1:
+        return [axis]
+    found: list[list[np.ndarray]] = [[] for _ in sizes]
+    for factor in flow.atoms.factors(axis.atoms).T:
+        grid = factor.reshape(sizes)
+        for i in range(len(sizes)):
+            line = grid[tuple(slice(None) if i == j else 0 for j in range(len(sizes)))]
+            if (grid == _along(line, i, len(sizes))).all():
+                found[i].append(line.copy())
+                break
+        else:
+            parts = [
+                dataclasses.replace(axis, atoms=flow.fresh(size).atoms)
+                for size in sizes
+            ]
+            flow.unify(axis, merge(flow, parts))
+            return parts
+    return [
+        dataclasses.replace(
+            axis,
+            atoms=flow.atoms.product(lines) if lines else flow.fixed(size).atoms,
+        )
+        for lines, size in zip(found, sizes, strict=True)
+    ]
+
+
+def _along(values: np.ndarray, place: int, rank: int) -> np.ndarray:
+    """A vector as an array of `rank` axes that varies along one of them."""
+    return values.reshape([-1 if i == place else 1 for i in range(rank)])
+
+
+def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of old and new axes of equal products, without axes of 1.
+
+    >>> _blocks((6, 5, 1), (2, 3, 5))
+    [([0], [0, 1]), ([1], [2])]
+    """
+    before = [i for i, size in enumerate(old) if size > 1]
+    after = [j for j, size in enumerate(new) if size > 1]
+    blocks = []
+    while before:
+        left, right = [before.pop(0)], [after.pop(0)]
+        while (a := math.prod(old[i] for i in left)) != (
+            b := math.prod(new[j] for j in right)
+        ):
+            (left if a < b else right).append((before if a < b else after).pop(0))
+        blocks.append((left, right))
+    return blocks

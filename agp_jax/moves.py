@@ -1,0 +1,344 @@
+"""Moves: primitives that hand axes on, take parts of them or put them together.
+
+One small function per primitive, in a table. It gets the labels so far, the equation
+and the values that it reads, and gives the axes of each output.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from agp_jax.elementwise import ELEMENTWISE
+from agp_jax.jaxprs import Equation, Variable, bind
+from agp_jax.labels import Axis, Flow, Value, all_zeros, continued, reshape, split
+
+Axes = list[Axis]
+Rule = Callable[[Flow, Equation, Sequence[Value]], list[Axes]]
+
+# Indices are worked out when tracing if they have at most this many entries.
+_MAX_KNOWN = 2**20
+
+
+def _broadcast_in_dim(flow, equation, ins):
+    (shape,) = (v.shape for v in equation.outputs)
+    zeros = frozenset() if _is_zero(equation.inputs[0]) else None
+    places = dict(
+        zip(equation.params["broadcast_dimensions"], ins[0].axes, strict=True)
+    )
+    return [
+        [
+            places[i]
+            if i in places and places[i].size == size
+            else flow.fresh(size, zeros)
+            for i, size in enumerate(shape)
+        ]
+    ]
+
+
+def _tile(flow, equation, ins):
+    (shape,) = (v.shape for v in equation.outputs)
+    reps = equation.params["reps"]
+    axes = [flow.fixed(1)] * (len(shape) - len(ins[0].axes)) + list(ins[0].axes)
+    reps = [1] * (len(shape) - len(reps)) + list(reps)
+
+    def repeated(axis: Axis, times: int) -> Axis:
+        if times == 1:
+            return axis
+        if axis.size == 1:
+            return flow.fresh(times)
+        return Axis(np.tile(axis.atoms, times), axis.leaves, axis.zeros)
+
+    return [[repeated(axis, times) for axis, times in zip(axes, reps, strict=True)]]
+
+
+def _reshape(flow, equation, ins):
+    return [reshape(flow, ins[0].axes, v.shape) for v in equation.outputs]
+
+
+def _transpose(flow, equation, ins):
+    return [[ins[0].axes[i] for i in equation.params["permutation"]]]
+
+
+def _rev(flow, equation, ins):
+    return [
+        [
+            Axis(axis.atoms[::-1], axis.leaves, axis.zeros)
+            if i in equation.params["dimensions"]
+            else axis
+            for i, axis in enumerate(ins[0].axes)
+        ]
+    ]
+
+
+def _concatenate(flow, equation, ins):
+    along = equation.params["dimension"]
+    columns = list(zip(*(value.axes for value in ins), strict=True))
+    return [
+        [
+            _joined(flow, axes) if i == along else unified(flow, axes)
+            for i, axes in enumerate(columns)
+        ]
+    ]
+
+
+def _joined(flow: Flow, axes: Sequence[Axis]) -> Axis:
+    shrinking = [axis for axis in axes if flow.atoms.find(axis.atoms).any()]
+    atoms = np.concatenate([axis.atoms for axis in axes])
+    return Axis(atoms, continued(axes), all_zeros(shrinking))
+
+
+def unified(flow: Flow, axes: Sequence[Axis]) -> Axis:
+    flow.unify(*axes)
+    return Axis(axes[0].atoms, continued(axes), all_zeros(axes))
+
+
+def _stack(flow, equation, ins):
+    columns = zip(*(value.axes for value in ins), strict=True)
+    axes = [unified(flow, column) for column in columns]
+    axes.insert(equation.params["axis"], flow.fixed(len(ins)))
+    return [axes]
+
+
+def _slice(flow, equation, ins):
+    p = equation.params
+    strides = p["strides"] or (1,) * len(ins[0].axes)
+    bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+    return [
+        [
+            _part(axis, slice(*bound))
+            for axis, bound in zip(ins[0].axes, bounds, strict=True)
+        ]
+    ]
+
+
+def _split(flow, equation, ins):
+    along, sizes = equation.params["axis"], equation.params["sizes"]
+    ends = np.cumsum(sizes)
+    return [
+        [
+            _part(axis, slice(end - size, end)) if i == along else axis
+            for i, axis in enumerate(ins[0].axes)
+        ]
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+def _part(axis: Axis, indices: slice | np.ndarray) -> Axis:
+    atoms = axis.atoms[indices]
+    if len(atoms) == axis.size and isinstance(indices, slice):
+        return axis
+    return Axis(atoms, axis.leaves, axis.zeros)
+
+
+def _pad(flow, equation, ins):
+    """Padding is something of its own that may be removed, too."""
+    zero = _is_zero(equation.inputs[1])
+    config = equation.params["padding_config"]
+    padded = any(low or high or inner for low, high, inner in config)
+
+    def grown(axis: Axis, low: int, high: int, inner: int) -> Axis:
+        zeros = axis.zeros if zero or not padded else None
+        if low == high == inner == 0:
+            return Axis(axis.atoms, axis.leaves, zeros)
+        if inner or low < 0 or high < 0:
+            flow.freeze(axis)
+            return flow.fixed(_padded_size(axis.size, low, high, inner))
+        atoms = [flow.atoms.fresh(low), axis.atoms, flow.atoms.fresh(high)]
+        return Axis(np.concatenate(atoms), axis.leaves, zeros)
+
+    return [[grown(a, *c) for a, c in zip(ins[0].axes, config, strict=True)]]
+
+
+def _padded_size(size: int, low: int, high: int, inner: int) -> int:
+    return low + size + max(size - 1, 0) * inner + high
+
+
+def _gather(flow, equation, ins):
+    """Axes taken whole pass; axes picked from are frozen, unless by known indices."""
+    numbers, sizes = (
+        equation.params["dimension_numbers"],
+        equation.params["slice_sizes"],
+    )
+    shape = equation.outputs[0].shape
+    operand, indices = ins[0].axes, ins[1].axes
+    picked = known_picks(flow, equation)
+    result = [flow.fixed(size) for size in shape]
+    inner = [
+        i
+        for i in range(len(operand))
+        if i not in numbers.collapsed_slice_dims
+        and i not in numbers.operand_batching_dims
+    ]
+    for place, i in zip(numbers.offset_dims, inner, strict=True):
+        if sizes[i] == operand[i].size:
+            result[place] = operand[i]
+            flow.give_role(operand[i], "out")
+        else:
+            flow.freeze(operand[i])
+    outer = [i for i in range(len(shape)) if i not in numbers.offset_dims]
+    if picked is not None:
+        axis = operand[numbers.collapsed_slice_dims[0]]
+        parts = [_part(axis, picked.reshape(-1))]
+        parts = parts if picked.ndim == 1 else split(flow, parts[0], picked.shape)
+        for place, part in zip(outer, parts, strict=True):
+            result[place] = part
+        return [result]
+    flow.freeze(*(operand[i] for i in numbers.collapsed_slice_dims))
+    for i, j in zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    ):
+        flow.unify(operand[i], indices[j])
+    for place, axis in zip(outer, indices, strict=False):
+        result[place] = Axis(axis.atoms)
+    return [result]
+
+
+def known_picks(flow: Flow, equation: Equation) -> np.ndarray | None:
+    """What a gather picks along one axis, if that is known when tracing.
+
+    An array of indices shaped like the output's axes that they make.
+    """
+    numbers, sizes = (
+        equation.params["dimension_numbers"],
+        equation.params["slice_sizes"],
+    )
+    operand = equation.inputs[0].shape
+    (axis, *others) = numbers.collapsed_slice_dims or (None,)
+    if axis is None or others or numbers.start_index_map != (axis,):
+        return None
+    one = (*operand[:axis], 1, *operand[axis + 1 :])
+    if tuple(sizes) != one or numbers.operand_batching_dims:
+        return None
+    indices = known_value(flow, equation.inputs[1])
+    if indices is None or indices.ndim < 2 or indices.size == 0:
+        return None
+    inside = indices.min() >= 0 and indices.max() < operand[axis]
+    return indices[..., 0] if inside else None
+
+
+def known_value(flow: Flow, variable: Variable) -> np.ndarray | None:
+    """The value of an integer variable that depends on constants alone, else None."""
+    if variable.constant is not None:
+        return np.asarray(variable.constant)
+    maker = flow.makers.get(variable)
+    is_index = np.dtype(variable.aval.dtype).kind in "iub"
+    if maker is None or not is_index or len(maker.outputs) > 1 or maker.bodies:
+        return None
+    if np.prod(variable.shape, dtype=np.int64) > _MAX_KNOWN:
+        return None
+    if maker.name not in _KNOWABLE:
+        return None
+    inputs = [known_value(flow, v) for v in maker.inputs]
+    if any(x is None for x in inputs):
+        return None
+    with jax.ensure_compile_time_eval():
+        return np.asarray(bind(maker, inputs)[0])
+
+
+def _scatter(flow, equation, ins):
+    """Axes written whole are tied to the updates'; the others are frozen."""
+    numbers = equation.params["dimension_numbers"]
+    operand, indices, updates = (value.axes for value in ins)
+    inner = [
+        i
+        for i in range(len(operand))
+        if i not in numbers.inserted_window_dims
+        and i not in numbers.operand_batching_dims
+    ]
+    whole: dict[int, Axis] = {}
+    for place, i in zip(numbers.update_window_dims, inner, strict=True):
+        if updates[place].size == operand[i].size:
+            flow.unify(operand[i], updates[place])
+            whole[i] = updates[place]
+        else:
+            flow.freeze(operand[i], updates[place])
+    flow.freeze(*(operand[i] for i in numbers.inserted_window_dims))
+    outer = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
+    for k, (place, axis) in enumerate(zip(outer, indices, strict=False)):
+        flow.unify(updates[place], axis)
+        if k in numbers.scatter_indices_batching_dims:
+            continue
+        if equation.name in ("scatter-add", "scatter_add"):
+            flow.sums_over(updates[place], updates[place].zeros)
+        else:
+            flow.changes(updates[place])
+    for i, j in zip(
+        numbers.operand_batching_dims,
+        numbers.scatter_indices_batching_dims,
+        strict=True,
+    ):
+        flow.unify(operand[i], indices[j])
+    return [
+        [
+            Axis(axis.atoms, zeros=all_zeros((axis, whole[i])) if i in whole else None)
+            for i, axis in enumerate(operand)
+        ]
+    ]
+
+
+def _dynamic_slice(flow, equation, ins):
+    sizes = equation.params["slice_sizes"]
+    flow.freeze(*(a for a, n in zip(ins[0].axes, sizes, strict=True) if a.size != n))
+    return [
+        [
+            axis if axis.size == size else flow.fixed(size)
+            for axis, size in zip(ins[0].axes, sizes, strict=True)
+        ]
+    ]
+
+
+def _dynamic_update_slice(flow, equation, ins):
+    result = []
+    for axis, update in zip(ins[0].axes, ins[1].axes, strict=True):
+        if axis.size == update.size:
+            flow.unify(axis, update)
+            result.append(Axis(axis.atoms, zeros=all_zeros((axis, update))))
+        else:
+            flow.freeze(axis, update)
+            result.append(Axis(axis.atoms))
+    return [result]
+
+
+def _is_zero(variable: Variable) -> bool:
+    """Whether a variable is known to be the number 0."""
+    constant = variable.constant
+    return constant is not None and np.ndim(constant) == 0 and bool(constant == 0)
+
+
+MOVES: dict[str, Rule] = {
+    "broadcast_in_dim": _broadcast_in_dim,
+    "tile": _tile,
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "transpose": _transpose,
+    "rev": _rev,
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "slice": _slice,
+    "split": _split,
+    "pad": _pad,
+    "gather": _gather,
+    "scatter": _scatter,
+    "scatter-add": _scatter,
+    "scatter_add": _scatter,
+    "scatter_mul": _scatter,
+    "scatter_min": _scatter,
+    "scatter_max": _scatter,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+}
+
+# Primitives whose value is worked out when all they read is known.
+_KNOWABLE = ELEMENTWISE | {
+    "iota",
+    "broadcast_in_dim",
+    "reshape",
+    "squeeze",
+    "transpose",
+    "rev",
+    "concatenate",
+    "slice",
+    "tile",
+    "stack",
+}

@@ -1,0 +1,227 @@
+"""Plans: what a cut leaves of every value of one traced function."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from agp_jax.analyses import Analysis, stacked_atoms
+from agp_jax.couplings import leaf_slices
+from agp_jax.cuts import Cut
+from agp_jax.jaxprs import (
+    Equation,
+    Program,
+    Variable,
+    differentiable,
+    jvp_program,
+    source_line,
+    vjp_programs,
+)
+from agp_jax.labels import Axis, Flow, Value
+from agp_jax.propagation import propagate, value_of
+
+# What stays along an axis: None for all of it, indices, or a row of them per layer.
+Kept = np.ndarray | None
+
+
+@dataclasses.dataclass(eq=False)
+class Plan:
+    """What a cut leaves of every value of one program.
+
+    Attributes:
+      analysis: of the function.
+      cut: of its variables.
+      gone: bool (layers, atoms): which atoms are removed. One row where no layers
+        differ.
+      kept: what stays along each axis, by the identity of its atoms.
+      rules: the derivative rules met so far, as programs.
+    """
+
+    analysis: Analysis
+    cut: Cut
+    gone: np.ndarray
+    kept: dict[int, Kept] = dataclasses.field(default_factory=dict)
+    rules: dict[Equation, tuple[Program, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def flow(self) -> Flow:
+        return self.analysis.flow
+
+
+def make_plan(analysis: Analysis, cut: Cut) -> Plan:
+    plan = Plan(analysis, cut, _gone_atoms(analysis, cut))
+    _check_sizes(plan, analysis.program)
+    return plan
+
+
+def _gone_atoms(analysis: Analysis, cut: Cut) -> np.ndarray:
+    """The atoms that the cut removes: bool (layers, atoms).
+
+    An atom is removed if all slices that carry it are. That must account for every
+    slice of the cut, and for no other.
+    """
+    flow, slices = analysis.flow, leaf_slices(analysis)
+    depth = max(
+        (len(x) for axes in cut.values() for x in axes.values() if x.ndim == 2),
+        default=1,
+    )
+    removed = {
+        (i, axis): _removed(cut, path, axis, depth)
+        for i, path in enumerate(analysis.paths)
+        for axis in cut.get(path, {})
+    }
+    is_removed = np.zeros((depth, len(slices.atom)), bool)
+    for (leaf, axis), flags in removed.items():
+        here = (slices.leaf == leaf) & (slices.axis == axis)
+        is_removed[:, here] = flags[:, slices.index[here]]
+    count = np.bincount(slices.atom, minlength=flow.atoms.size)
+    gone = np.stack(
+        [np.bincount(slices.atom[row], minlength=flow.atoms.size) for row in is_removed]
+    )
+    gone = (gone == count) & (count > 0)
+    for (leaf, axis), flags in removed.items():
+        factors = flow.atoms.factors(analysis.leaves[leaf][axis].atoms)
+        explained = gone[:, factors].any(axis=-1)
+        if (explained != flags).any():
+            index = int(np.argwhere(explained != flags)[0, 1])
+            raise ValueError(_explain_refusal(analysis, cut, leaf, axis, index))
+    stacks, _ = stacked_atoms(analysis)
+    differ = gone.any(axis=0) & ~gone.all(axis=0) & (stacks == 0)
+    if differ.any():
+        place = int(np.flatnonzero(differ[slices.atom])[0])
+        path, axis = analysis.paths[slices.leaf[place]], int(slices.axis[place])
+        raise ValueError(
+            f"the cut removes other indices of {path}[{axis}] in each layer, but this "
+            f"function uses them outside of the layers, too; remove the same in all"
+        )
+    return gone
+
+
+def _removed(cut: Cut, path: str, axis: int, depth: int) -> np.ndarray:
+    """Which indices of a leaf's axis the cut removes: (depth, size)."""
+    rows = np.atleast_2d(cut[path][axis])
+    flags = np.ones((len(rows), cut.shapes[path][axis]), bool)
+    np.put_along_axis(flags, rows, False, axis=1)
+    return np.pad(flags, [(0, depth - len(rows)), (0, 0)], mode="edge")
+
+
+def _explain_refusal(
+    analysis: Analysis, cut: Cut, leaf: int, axis: int, index: int
+) -> str:
+    """Why a slice cannot be removed."""
+    flow, path = analysis.flow, analysis.paths[leaf]
+    start = f"the cut removes {path}[{axis}] index {index}, but "
+    atom = analysis.leaves[leaf][axis].atoms[index : index + 1]
+    factors = flow.atoms.factors(atom)
+    if not factors.size:
+        reason = flow.reason(int(flow.atoms.reasons(atom)[0]))
+        return f"{start}it cannot be removed because of {reason}"
+    slices = leaf_slices(analysis)
+    for place in np.flatnonzero(np.isin(slices.atom, factors)):
+        home, other = analysis.paths[slices.leaf[place]], int(slices.axis[place])
+        stays = cut.get(home, {}).get(other)
+        if stays is None or (stays == slices.index[place]).any():
+            return (
+                f"{start}it goes together with {home}[{other}] index "
+                f"{slices.index[place]}, which stays"
+            )
+    return f"{start}what it is part of stays"
+
+
+def _check_sizes(plan: Plan, program: Program) -> None:
+    """Raises a ValueError if some value would be left without indices."""
+    for equation in program.equations:
+        for variable in equation.outputs:
+            for axis in plan.flow.values[variable].axes:
+                kept = kept_along(plan, axis)
+                if kept is not None and not kept.shape[-1]:
+                    raise ValueError(
+                        f"the cut leaves nothing of an axis of the output of "
+                        f"{equation.name} at {source_line(equation)}"
+                    )
+        for body in equation.bodies:
+            _check_sizes(plan, body)
+
+
+def kept_along(plan: Plan, axis: Axis) -> Kept:
+    key = id(axis.atoms)
+    if key not in plan.kept:
+        factors = plan.flow.atoms.factors(axis.atoms)
+        gone = np.asarray(plan.gone[:, factors].any(axis=-1))
+        if not gone.any():
+            plan.kept[key] = None
+        elif (gone == gone[0]).all():
+            plan.kept[key] = np.flatnonzero(~gone[0])
+        else:
+            counts = (~gone).sum(axis=1)
+            if (counts != counts[0]).any():
+                raise ValueError(
+                    f"the cut leaves {counts.tolist()} indices of one axis in stacked "
+                    f"layers; all layers must keep equally many"
+                )
+            plan.kept[key] = np.nonzero(~gone)[1].reshape(len(gone), -1)
+    return plan.kept[key]
+
+
+def kept_axes(plan: Plan, variable: Variable) -> list[Kept]:
+    return [kept_along(plan, axis) for axis in value_of(plan.flow, variable).axes]
+
+
+def derivative_rule(plan: Plan, equation: Equation) -> tuple[Program, ...]:
+    """The programs of a derivative rule, labelled.
+
+    They are read the first time that something is differentiated, all at once.
+    """
+    if equation not in plan.rules:
+        known = [plan.analysis.program, *(p for ps in plan.rules.values() for p in ps)]
+        for other in {e: None for p in known for e in _with_rules(p)}:
+            if other not in plan.rules:
+                plan.rules[other] = _label_rule(plan.flow, other)
+        plan.gone = _gone_atoms(plan.analysis, plan.cut)
+        plan.kept.clear()
+    return plan.rules[equation]
+
+
+def _with_rules(program: Program) -> list[Equation]:
+    found = []
+    for equation in program.equations:
+        if equation.name in ("custom_jvp_call", "custom_vjp_call"):
+            found.append(equation)
+        for body in equation.bodies:
+            found += _with_rules(body)
+    return found
+
+
+def _label_rule(flow: Flow, equation: Equation) -> tuple[Program, ...]:
+    places = differentiable(equation)
+    floats = [i for i, v in enumerate(equation.outputs) if is_inexact(v.aval)]
+    ins = [_activation(value_of(flow, v)) for v in equation.inputs]
+    outs = [_activation(flow.values[v]) for v in equation.outputs]
+
+    def tie(found: Sequence[Value], expected: Sequence[Value]) -> None:
+        flow.enter(equation)
+        for one, other in zip(found, expected, strict=True):
+            flow.unify_values(one, other)
+
+    if equation.name == "custom_jvp_call":
+        program = jvp_program(equation)
+        made = propagate(flow, program, [*ins, *(ins[i] for i in places)])
+        tie(made, [*outs, *(outs[i] for i in floats)])
+        return (program,)
+    forward, backward = vjp_programs(equation)
+    made = propagate(flow, forward, ins)
+    tie(made[: len(outs)], outs)
+    cotangents = [outs[i] for i in floats]
+    found = propagate(flow, backward, [*made[len(outs) :], *cotangents])
+    tie(found, [ins[i] for i in places])
+    return forward, backward
+
+
+def _activation(value: Value) -> Value:
+    return Value(tuple(Axis(axis.atoms) for axis in value.axes))
+
+
+def is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)

@@ -1,0 +1,152 @@
+"""Propagation: how each primitive ties the axes of what it reads to what it makes.
+
+A rule may tie axes together, hand them on, or freeze them. A primitive without a rule
+freezes everything it touches, so not knowing one can only lose an opportunity.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from agp_jax.elementwise import ELEMENTWISE, elementwise
+from agp_jax.jaxprs import Equation, Program, Variable, scan_counts
+from agp_jax.labels import Axis, Flow, Value
+from agp_jax.moves import MOVES, Rule, unified
+from agp_jax.sums import SUMS
+
+
+def propagate(flow: Flow, program: Program, inputs: Sequence[Value]) -> list[Value]:
+    """Labels every value of `program`; returns those of its outputs."""
+    flow.values.update(zip(program.inputs, inputs, strict=True))
+    for equation in program.equations:
+        outputs = _apply(flow, equation, [value_of(flow, v) for v in equation.inputs])
+        for variable, value in zip(equation.outputs, outputs, strict=True):
+            assert tuple(a.size for a in value.axes) == variable.shape, equation
+            flow.freeze(*(axis for axis in value.axes if axis.size == 1))
+            flow.values[variable] = value
+            flow.makers[variable] = equation
+    return [value_of(flow, v) for v in program.outputs]
+
+
+def value_of(flow: Flow, variable: Variable) -> Value:
+    """The labels of a variable; a constant may be cut along any axis."""
+    if variable not in flow.values:
+        assert variable.constant is not None, variable
+        none_needed = frozenset() if np.ndim(variable.constant) == 0 else None
+        axes = tuple(flow.fresh(size, none_needed) for size in variable.shape)
+        flow.values[variable] = Value(axes, is_weight=True)
+    return flow.values[variable]
+
+
+def _apply(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
+    flow.enter(equation)
+    if equation.name in _WITH_BODIES:
+        return _WITH_BODIES[equation.name](flow, equation, ins)
+    rule = _RULES.get(equation.name, _unknown)
+    is_weight = bool(ins) and all(value.is_weight for value in ins)
+    leaf = None
+    if equation.name in ELEMENTWISE:
+        same = [v for v in ins if v.axes]
+        leaf = same[0].leaf if len(same) == 1 else None
+    return [
+        Value(tuple(axes if is_weight else map(_of_activation, axes)), is_weight, leaf)
+        for axes in rule(flow, equation, ins)
+    ]
+
+
+def _of_activation(axis: Axis) -> Axis:
+    return Axis(axis.atoms, zeros=axis.zeros) if axis.leaves else axis
+
+
+def _source(flow, equation, ins):
+    """What comes from nowhere, random bits or a ramp, is made whole and then cut."""
+    flow.freeze(*(axis for value in ins for axis in value.axes))
+    return [[flow.fresh(size) for size in v.shape] for v in equation.outputs]
+
+
+def _elementwise(flow, equation, ins):
+    return elementwise(flow, equation, ins)
+
+
+def _barrier(flow, equation, ins):
+    return [list(value.axes) for value in ins]
+
+
+def _unknown(flow, equation, ins):
+    flow.freeze(*(axis for value in ins for axis in value.axes))
+    return [[flow.fixed(size) for size in v.shape] for v in equation.outputs]
+
+
+def _scan(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
+    """What is carried keeps its axes; the axis that is stepped along is frozen."""
+    num_consts, num_carry = scan_counts(equation)
+    first = num_consts + num_carry
+    flow.freeze(*(value.axes[0] for value in ins[first:]))
+    steps = [Value(value.axes[1:], value.is_weight) for value in ins[first:]]
+    carry = [_carried(value) for value in ins[num_consts:first]]
+    (body,) = equation.bodies
+    outs = propagate(flow, body, [*ins[:num_consts], *carry, *steps])
+    flow.enter(equation)
+    for before, after in zip(carry, outs, strict=False):
+        flow.unify_values(before, after)
+    stacked = [
+        Value((flow.fixed(variable.shape[0]), *map(_of_activation, value.axes)))
+        for variable, value in zip(
+            equation.outputs[num_carry:], outs[num_carry:], strict=True
+        )
+    ]
+    return carry + stacked
+
+
+def _while(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
+    ends = np.cumsum([equation.params["cond_nconsts"], equation.params["body_nconsts"]])
+    condition, body = equation.bodies
+    carry = [_carried(value) for value in ins[ends[1] :]]
+    propagate(flow, condition, [*ins[: ends[0]], *carry])
+    outs = propagate(flow, body, [*ins[ends[0] : ends[1]], *carry])
+    flow.enter(equation)
+    for before, after in zip(carry, outs, strict=True):
+        flow.unify_values(before, after)
+    return carry
+
+
+def _cond(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
+    results = [propagate(flow, branch, ins[1:]) for branch in equation.bodies]
+    flow.enter(equation)
+    outs = []
+    for values in zip(*results, strict=True):
+        columns = zip(*(value.axes for value in values), strict=True)
+        axes = (_of_activation(unified(flow, column)) for column in columns)
+        outs.append(Value(tuple(axes)))
+    return outs
+
+
+def _call(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
+    (body,) = equation.bodies
+    return propagate(flow, body, ins)
+
+
+def _carried(value: Value) -> Value:
+    """A loop's carry: zero at the start is not zero later on."""
+    return Value(tuple(Axis(axis.atoms) for axis in value.axes))
+
+
+_WITH_BODIES: dict[str, Callable[[Flow, Equation, list[Value]], list[Value]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "checkpoint": _call,
+    "remat": _call,
+    "remat2": _call,
+    "custom_jvp_call": _call,
+    "custom_vjp_call": _call,
+}
+
+_RULES: dict[str, Rule] = {
+    **MOVES,
+    **SUMS,
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    "optimization_barrier": _barrier,
+    "iota": _source,
+    "random_bits": _source,
+}

@@ -1,0 +1,272 @@
+"""Replay: running a traced function at the shapes a cut leaves.
+
+Every equation is applied again, to smaller arrays. Few need more than that: those whose
+parameters hold a size get the new one, and what was made from nothing, such as random
+bits, is made whole and then cut, so that what stays is what it was.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agp_jax.analyses import abstract_array, analyse
+from agp_jax.cuts import Cut
+from agp_jax.jaxprs import (
+    Equation,
+    Program,
+    Variable,
+    bind,
+    differentiable,
+    scan_counts,
+)
+from agp_jax.plans import Plan, derivative_rule, is_inexact, kept_axes, make_plan
+from agp_jax.resizing import RESIZED, take
+from agp_jax.trees import PyTree, flatten_with_paths
+
+
+def thin_function(
+    fn: Callable[..., PyTree], variables: PyTree, cut: Cut
+) -> Callable[..., PyTree]:
+    """`fn` as a function of thinned variables: the same program at smaller shapes.
+
+    Works for any function of the variables, such as one that predicts or a loss, and
+    the result can be transformed as `fn` can. It is traced anew for every new shape of
+    its other arguments. Numbers that `fn` computed from widths when it was traced, such
+    as the divisor of a mean over channels, stay as they are: the result is what `fn`
+    gives for masked variables. What has the size of what was cut in the outputs, such
+    as updated batch statistics, comes out thinned.
+
+    Args:
+      fn: called as `fn(variables, *args, **kwargs)`; all arguments are arrays.
+      variables: of the shapes before the cut; arrays or `jax.ShapeDtypeStruct`.
+      cut: of these variables.
+
+    Raises:
+      ValueError: when called, if `fn` cannot run without what the cut removes: what
+        ties it, and where.
+    """
+    paths, leaves, treedef = flatten_with_paths(variables)
+    original = [abstract_array(x) for x in leaves]
+    _check_paths(paths, original, cut)
+    plans: dict[Any, Plan] = {}
+
+    def call(variables: PyTree, args: tuple[Any, ...], kwargs: Any) -> PyTree:
+        return fn(variables, *args, **kwargs)
+
+    def thinned(variables: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        arrays = treedef.flatten_up_to(variables)
+        _check_thinned(paths, arrays, cut)
+        full = [
+            jax.ShapeDtypeStruct(x.shape, jnp.result_type(array))
+            for x, array in zip(original, arrays, strict=True)
+        ]
+        inputs = jax.tree.map(abstract_array, (args, kwargs))
+        key = (
+            jax.tree.structure(inputs),
+            *((x.shape, x.dtype) for x in (*full, *jax.tree.leaves(inputs))),
+        )
+        if key not in plans:
+            analysis = analyse(
+                call, treedef.unflatten(full), *inputs, freeze_outputs=False
+            )
+            plans[key] = make_plan(analysis, cut)
+        plan = plans[key]
+        given = [*arrays, *jax.tree.leaves((args, kwargs))]
+        out = _run(plan, plan.analysis.program, given, None)
+        return jax.tree.unflatten(jax.tree.structure(plan.analysis.out), out)
+
+    return thinned
+
+
+def _check_paths(
+    paths: Sequence[str], leaves: Sequence[jax.ShapeDtypeStruct], cut: Cut
+) -> None:
+    for path, leaf in zip(paths, leaves, strict=True):
+        if cut.shapes.get(path) != leaf.shape:
+            raise ValueError(
+                f"the variables have {path} of shape {leaf.shape}, but the cut was "
+                f"planned for {cut.shapes.get(path, 'variables without it')}; pass the "
+                f"variables before the cut, with the same paths (see Cut.subtree)"
+            )
+
+
+def _check_thinned(paths: Sequence[str], arrays: Sequence[Any], cut: Cut) -> None:
+    for path, array in zip(paths, arrays, strict=True):
+        if jnp.shape(array) != cut.thin_shape(path):
+            raise ValueError(
+                f"the thinned function expects {path} of shape {cut.thin_shape(path)}, "
+                f"got {jnp.shape(array)}; pass thin(variables, cut)"
+            )
+
+
+def _run(
+    plan: Plan, program: Program, arrays: Sequence[Any], layer: jax.Array | None
+) -> list[Any]:
+    """The outputs of `program` for thinned inputs, in layer `layer` of a stack."""
+    known = dict(zip(program.inputs, arrays, strict=True))
+
+    def read(variable: Variable) -> Any:
+        if variable not in known:
+            kept = kept_axes(plan, variable)
+            return take(variable.constant, kept, layer)
+        return known[variable]
+
+    for equation in program.equations:
+        outputs = _apply(plan, equation, [read(v) for v in equation.inputs], layer)
+        known.update(zip(equation.outputs, outputs, strict=True))
+    return [read(v) for v in program.outputs]
+
+
+def _apply(
+    plan: Plan, equation: Equation, arrays: list[Any], layer: jax.Array | None
+) -> list[Any]:
+    if equation.bodies:
+        if not _is_touched(plan, equation):
+            return bind(equation, arrays)
+        return _WITH_BODIES[equation.name](plan, equation, arrays, layer)
+    ins = [kept_axes(plan, v) for v in equation.inputs]
+    outs = [kept_axes(plan, v) for v in equation.outputs]
+    ins_touched, outs_touched = (
+        any(k is not None for kept in side for k in kept) for side in (ins, outs)
+    )
+    if not ins_touched and not outs_touched:
+        return bind(equation, arrays)
+    if equation.name in RESIZED:
+        return RESIZED[equation.name](plan, equation, arrays, ins, outs, layer)
+    made = bind(equation, arrays)
+    if ins_touched:
+        return made
+    return [take(x, kept, layer) for x, kept in zip(made, outs, strict=True)]
+
+
+def _is_touched(plan: Plan, equation: Equation) -> bool:
+    variables = [*equation.inputs, *equation.outputs]
+    programs = list(equation.bodies)
+    while programs:
+        program = programs.pop()
+        variables += program.inputs
+        for inner in program.equations:
+            variables += [*inner.inputs, *inner.outputs]
+            programs += inner.bodies
+    return any(k is not None for v in variables for k in kept_axes(plan, v))
+
+
+def _scan(plan, equation, arrays, layer):
+    num_consts, num_carry = scan_counts(equation)
+    first = num_consts + num_carry
+    (body,) = equation.bodies
+    consts = arrays[:num_consts]
+
+    def step(carry: list[Any], stepped: Any) -> tuple[list[Any], list[Any]]:
+        inner, now = stepped
+        # The layers of a stack are those of the outermost scan.
+        inner = inner if layer is None else layer
+        outs = _run(plan, body, [*consts, *carry, *now], inner)
+        return outs[:num_carry], outs[num_carry:]
+
+    p = equation.params
+    carry, stacked = jax.lax.scan(
+        step,
+        arrays[num_consts:first],
+        (np.arange(p["length"]), arrays[first:]),
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    return [*carry, *stacked]
+
+
+def _while(plan, equation, arrays, layer):
+    condition, body = equation.bodies
+    ends = np.cumsum([equation.params["cond_nconsts"], equation.params["body_nconsts"]])
+    cond_consts, body_consts = arrays[: ends[0]], arrays[ends[0] : ends[1]]
+    return jax.lax.while_loop(
+        lambda carry: _run(plan, condition, [*cond_consts, *carry], layer)[0],
+        lambda carry: _run(plan, body, [*body_consts, *carry], layer),
+        arrays[ends[1] :],
+    )
+
+
+def _cond(plan, equation, arrays, layer):
+    branches = [
+        lambda *operands, body=body: _run(plan, body, operands, layer)
+        for body in equation.bodies
+    ]
+    return jax.lax.switch(arrays[0], branches, *arrays[1:])
+
+
+def _remat(plan, equation, arrays, layer):
+    (body,) = equation.bodies
+    run = jax.checkpoint(
+        lambda *operands: _run(plan, body, operands, layer),
+        policy=equation.params.get("policy"),
+        prevent_cse=equation.params.get("prevent_cse", True),
+    )
+    return run(*arrays)
+
+
+def _custom_jvp(plan, equation, arrays, layer):
+    """The function keeps its own derivative, such as 0 for relu at 0."""
+    places = differentiable(equation)
+    (body,) = equation.bodies
+
+    @jax.custom_jvp
+    def function(*operands: Any) -> list[Any]:
+        return _run(plan, body, operands, layer)
+
+    @function.defjvp
+    def _(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        (rule,) = derivative_rule(plan, equation)
+        given = [*primals, *(tangents[i] for i in places)]
+        made = _run(plan, rule, given, layer)
+        outs, rest = made[: len(body.outputs)], iter(made[len(body.outputs) :])
+        return outs, [
+            next(rest) if is_inexact(x) else np.zeros(jnp.shape(x), jax.dtypes.float0)
+            for x in outs
+        ]
+
+    return function(*arrays)
+
+
+def _custom_vjp(plan, equation, arrays, layer):
+    """The function keeps its own pullback, run at the thinned shapes."""
+    places = differentiable(equation)
+    (body,) = equation.bodies
+
+    @jax.custom_vjp
+    def function(*operands: Any) -> list[Any]:
+        return _run(plan, body, operands, layer)
+
+    def forward(*operands: Any) -> tuple[list[Any], list[Any]]:
+        rule, _ = derivative_rule(plan, equation)
+        made = _run(plan, rule, operands, layer)
+        return made[: len(body.outputs)], made[len(body.outputs) :]
+
+    def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
+        _, rule = derivative_rule(plan, equation)
+        moving = [
+            x
+            for x, v in zip(cotangents, body.outputs, strict=True)
+            if is_inexact(v.aval)
+        ]
+        made = _run(plan, rule, [*residuals, *moving], layer)
+        by_place = dict(zip(places, made, strict=True))
+        return tuple(by_place.get(i) for i in range(len(arrays)))
+
+    function.defvjp(forward, backward)
+    return function(*arrays)
+
+
+_WITH_BODIES: Mapping[str, Callable[..., list[Any]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "checkpoint": _remat,
+    "remat": _remat,
+    "remat2": _remat,
+    "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
+}

@@ -1,0 +1,195 @@
+"""Sums: primitives that reduce axes, put them in order or multiply along them.
+
+One small function per primitive, in a table, as in `moves`.
+"""
+
+from agp_jax.jaxprs import Equation
+from agp_jax.labels import Axis, Flow, all_zeros, any_zeros, continued, merge, split
+from agp_jax.moves import Rule
+
+
+def _reduce(keeps_zero: bool) -> Rule:
+    """Reduced axes change the result as they shrink: masked zeros count, too."""
+
+    def rule(flow, equation, ins):
+        reduced = equation.params["axes"]
+        for i in reduced:
+            flow.changes(ins[0].axes[i])
+        rest = [axis for i, axis in enumerate(ins[0].axes) if i not in reduced]
+        if not keeps_zero:
+            rest = [Axis(axis.atoms, axis.leaves) for axis in rest]
+        return [rest]
+
+    return rule
+
+
+def _arg_reduce(flow, equation, ins):
+    reduced = equation.params["axes"]
+    flow.freeze(*(ins[0].axes[i] for i in reduced))
+    rest = [axis for i, axis in enumerate(ins[0].axes) if i not in reduced]
+    return [[Axis(axis.atoms) for axis in rest]]
+
+
+def _cumulative(flow, equation, ins):
+    along = equation.params["axis"]
+    flow.freeze(ins[0].axes[along])
+    keeps_zero = equation.name in ("cumsum", "cumprod", "cummax", "cummin")
+    return [[a if keeps_zero else Axis(a.atoms, a.leaves) for a in ins[0].axes]]
+
+
+def _sort(flow, equation, ins):
+    along = equation.params.get("dimension", len(ins[0].axes) - 1)
+    columns = list(zip(*(value.axes for value in ins), strict=True))
+    flow.freeze(*columns[along])
+    for i, column in enumerate(columns):
+        if i != along:
+            flow.unify(*column)
+    return [
+        [
+            flow.fixed(size) if i == along else Axis(columns[i][0].atoms)
+            for i, size in enumerate(output.shape)
+        ]
+        for output in equation.outputs
+    ]
+
+
+def _reduce_window(flow, equation, ins):
+    """Axes with a window of 1 pass, as channels do in pooling."""
+    p = equation.params
+    rank = len(equation.outputs[0].shape)
+    ones, none = (1,) * rank, ((0, 0),) * rank
+    trivial = [
+        window == stride == inner == outer == 1 and tuple(padding) == (0, 0)
+        for window, stride, inner, outer, padding in zip(
+            p["window_dimensions"],
+            p.get("window_strides") or ones,
+            p.get("base_dilation") or ones,
+            p.get("window_dilation") or ones,
+            p.get("padding") or none,
+            strict=True,
+        )
+    ]
+    flow.freeze(
+        *(
+            axis
+            for value in ins
+            if value.axes
+            for axis, passes in zip(value.axes, trivial, strict=True)
+            if not passes
+        )
+    )
+    columns = list(zip(*(value.axes for value in ins if value.axes), strict=True))
+    keeps_zero = equation.name in ("reduce_window_sum", "select_and_scatter_add")
+    result = []
+    for size, column, passes in zip(
+        equation.outputs[0].shape, columns, trivial, strict=True
+    ):
+        if passes:
+            flow.unify(*column)
+        zeros = all_zeros(column) if keeps_zero else None
+        axis = Axis(column[0].atoms, zeros=zeros)
+        result.append(axis if passes else flow.fixed(size))
+    return [result for _ in equation.outputs]
+
+
+def _dot_general(flow, equation, ins):
+    (left_in, right_in), batch = equation.params["dimension_numbers"]
+    left, right = (value.axes for value in ins)
+    pairs_in = [(left[i], right[j]) for i, j in zip(left_in, right_in, strict=True)]
+    pairs = [(left[i], right[j]) for i, j in zip(*batch, strict=True)]
+    for one, other in pairs_in + pairs:
+        flow.unify(one, other)
+    for one, other in pairs_in:
+        flow.sums_over(one, one.zeros, other.zeros)
+        # Of two weights, as in low-rank updates, the first makes what the second reads.
+        flow.give_role(one, "out" if ins[0].is_weight and ins[1].is_weight else "in")
+        flow.give_role(other, "in")
+    free = []
+    for value, summed, batched in zip(ins, (left_in, right_in), batch, strict=True):
+        rest = [a for i, a in enumerate(value.axes) if i not in (*summed, *batched)]
+        free.extend(rest)
+        if not all(other.is_weight for other in ins):
+            for axis in rest:
+                flow.give_role(axis, "out")
+    shared = [Axis(a.atoms, continued((a, b)), any_zeros((a, b))) for a, b in pairs]
+    return [shared + free]
+
+
+def _conv(flow, equation, ins):
+    """A grouped convolution sees its channels as (group, channel of the group)."""
+    p = equation.params
+    numbers, groups = p["dimension_numbers"], p["feature_group_count"]
+    image, kernel = ins[0].axes, ins[1].axes
+    flow.freeze(*(image[i] for i in numbers.lhs_spec[2:]))
+    flow.freeze(*(kernel[i] for i in numbers.rhs_spec[2:]))
+    if p["batch_group_count"] != 1:
+        flow.freeze(*image, *kernel)
+    read, made = kernel[numbers.rhs_spec[1]], kernel[numbers.rhs_spec[0]]
+    channels = image[numbers.lhs_spec[1]]
+    made_zeros = made.zeros
+    if groups == 1:
+        member = channels
+    else:
+        group, member = _split_pair(flow, channels, groups)
+        filters = flow.fresh(made.size // groups)
+        flow.unify(made, _merge_pair(flow, group, filters))
+        made_zeros = any_zeros((made, group)) if filters.size == 1 else made.zeros
+    flow.unify(member, read)
+    if member.size > 1:
+        flow.sums_over(member, member.zeros, read.zeros)
+    flow.give_role(read, "in")
+    flow.give_role(made, "out")
+    shape = equation.outputs[0].shape
+    result = [flow.fixed(size) for size in shape]
+    batch = image[numbers.lhs_spec[0]]
+    result[numbers.out_spec[0]] = (
+        batch if p["batch_group_count"] == 1 else flow.fixed(shape[numbers.out_spec[0]])
+    )
+    result[numbers.out_spec[1]] = Axis(made.atoms, zeros=made_zeros)
+    return [result]
+
+
+def group_axis(flow: Flow, equation: Equation) -> Axis:
+    """The groups of a grouped convolution, as an axis."""
+    spec = equation.params["dimension_numbers"].lhs_spec
+    channels = flow.values[equation.inputs[0]].axes[spec[1]]
+    return _split_pair(flow, channels, equation.params["feature_group_count"])[0]
+
+
+def _split_pair(flow: Flow, axis: Axis, first: int) -> tuple[Axis, Axis]:
+    if first == axis.size:
+        return axis, flow.fixed(1)
+    one, other = split(flow, axis, (first, axis.size // first))
+    return one, other
+
+
+def _merge_pair(flow: Flow, first: Axis, second: Axis) -> Axis:
+    return first if second.size == 1 else merge(flow, [first, second])
+
+
+SUMS: dict[str, Rule] = {
+    "reduce_sum": _reduce(keeps_zero=True),
+    "reduce_max": _reduce(keeps_zero=True),
+    "reduce_min": _reduce(keeps_zero=True),
+    "reduce_prod": _reduce(keeps_zero=True),
+    "reduce_and": _reduce(keeps_zero=False),
+    "reduce_or": _reduce(keeps_zero=True),
+    "reduce_xor": _reduce(keeps_zero=True),
+    "argmax": _arg_reduce,
+    "argmin": _arg_reduce,
+    "cumsum": _cumulative,
+    "cumprod": _cumulative,
+    "cummax": _cumulative,
+    "cummin": _cumulative,
+    "cumlogsumexp": _cumulative,
+    "sort": _sort,
+    "top_k": _sort,
+    "reduce_window": _reduce_window,
+    "reduce_window_sum": _reduce_window,
+    "reduce_window_max": _reduce_window,
+    "reduce_window_min": _reduce_window,
+    "select_and_scatter_add": _reduce_window,
+    "select_and_gather_add": _reduce_window,
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
+}

@@ -1,0 +1,662 @@
+"""Random programs: a numbered seed gives a function of random variables and inputs.
+
+A program grows from its input by random steps, each of which reads values made so far
+and appends one. Steps choose by shapes and the seed alone, so the function can be
+traced again and takes the same way.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+WIDTHS = (4, 6, 8, 12)
+MAX_SIZE = 3000
+
+
+def random_program(seed, num_steps=12):
+    """A program of about `num_steps` operations: (fn, variables, inputs) in float64."""
+    rng = np.random.default_rng(seed)
+    shape = [(3, 8), (2, 5, 6), (2, 4, 4, 6)][rng.integers(3)]
+    x = rng.standard_normal(shape)
+    declared = {}
+
+    def declare(path, shape):
+        return jnp.zeros(declared.setdefault(path, shape))
+
+    jax.eval_shape(lambda x: _run(seed, num_steps, declare, x), x)
+    variables = {
+        path: rng.standard_normal(shape) / math.sqrt(max(1, math.prod(shape[:-1])))
+        + (1.0 if path.startswith("scale") else 0.0)
+        for path, shape in declared.items()
+    }
+    fn = lambda variables, x: _run(  # noqa: E731
+        seed, num_steps, lambda path, shape: variables[path], x
+    )
+    return fn, variables, (x,)
+
+
+def _run(seed, num_steps, read, x):
+    program = Program(np.random.default_rng((seed, 1)), read)
+    values = [jnp.tanh(program.dense(x))]
+    while num_steps > 0:
+        step = program.choose(STEPS)
+        num_steps -= 1
+        # Mostly from the last value on: deep rather than wide.
+        index = len(values) - 1
+        if program.happens(0.25):
+            index = int(program.rng.integers(len(values)))
+        value = step(program, values[index], values)
+        if value is not None and value.size <= MAX_SIZE and value.ndim <= 5:
+            values.append(value)
+    return [_finish(program, value) for value in values[-1:] + values[-4:-3]]
+
+
+def _finish(program, x):
+    """Mostly a last product, so that the features before it can be cut."""
+    if x.ndim and program.happens(0.8):
+        x = program.dense(x, width=3, axis=int(program.rng.integers(x.ndim)))
+    return x
+
+
+class Program:
+    """The choices of one program, and the variables it has asked for so far."""
+
+    def __init__(self, rng, read):
+        self.rng = rng
+        self.read = read
+        self.shapes = []
+
+    def happens(self, probability):
+        return self.rng.random() < probability
+
+    def choose(self, options):
+        return options[int(self.rng.integers(len(options)))]
+
+    def axis(self, x):
+        """Mostly the last one."""
+        return x.ndim - 1 if self.happens(0.6) else int(self.rng.integers(x.ndim))
+
+    def variable(self, *shape, kind="w"):
+        """A new variable, or now and then an old one of the same shape."""
+        same = [
+            path for path, old in self.shapes if old == shape and path[0] == kind[0]
+        ]
+        if same and self.happens(0.2):
+            return self.read(self.choose(same), shape)
+        path = f"{kind}{len(self.shapes)}"
+        self.shapes.append((path, shape))
+        return self.read(path, shape)
+
+    def along(self, x, axis, kind="w"):
+        """A variable with a number for each index of `axis`, in the rank of `x`."""
+        shape = [1] * x.ndim
+        if self.happens(0.5):
+            shape[axis] = x.shape[axis]
+            return self.variable(*shape, kind=kind)
+        flat = self.variable(x.shape[axis], kind=kind)
+        return lax.broadcast_in_dim(flat, x.shape, (axis,))
+
+    def dense(self, x, width=None, axis=None):
+        axis = self.axis(x) if axis is None else axis
+        kernel = self.variable(x.shape[axis], width or self.choose(WIDTHS))
+        out = jnp.tensordot(x, kernel, ((axis,), (0,)))
+        return jnp.moveaxis(out, -1, axis)
+
+
+# --- Layers ------------------------------------------------------------------
+
+
+def dense(program, x, values):
+    if not x.ndim:
+        return None
+    axis = program.axis(x)
+    x = program.dense(x, axis=axis)
+    return x + program.along(x, axis) if program.happens(0.5) else x
+
+
+def perceptron(program, x, values):
+    """A residual branch."""
+    if not x.ndim:
+        return None
+    axis = program.axis(x)
+    hidden = jnp.maximum(program.dense(x, axis=axis), 0)
+    return x + program.dense(hidden, width=x.shape[axis], axis=axis)
+
+
+def convolution(program, x, values):
+    if x.ndim not in (3, 4):
+        return None
+    spatial, channels = x.ndim - 2, x.shape[-1]
+    options = [1, channels] + [g for g in (2, 3) if channels % g == 0]
+    groups = program.choose(options)
+    width = groups * program.choose((1, 2, 3))
+    kernel = program.variable(
+        *(program.choose((1, 2, 3)),) * spatial, channels // groups, width
+    )
+    letters = "HW"[:spatial]
+    upsample = groups == 1 and program.happens(0.2)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (1 if upsample else program.choose((1, 1, 2)),) * spatial,
+        [(1, 1)] * spatial,
+        lhs_dilation=(2 if upsample else 1,) * spatial,
+        rhs_dilation=(program.choose((1, 1, 2)),) * spatial
+        if min(x.shape[1:-1]) > 3
+        else None,
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        feature_group_count=groups,
+    )
+
+
+def batch_norm(program, x, values):
+    if not x.ndim:
+        return None
+    axis = program.axis(x)
+    mean, bias, scale = (program.along(x, axis) for _ in range(3))
+    var = jnp.abs(program.along(x, axis, kind="scale"))
+    return (x - mean) * lax.rsqrt(var + 1e-2) * scale + bias
+
+
+def layer_norm(program, x, values):
+    if not x.ndim:
+        return None
+    axis = program.axis(x)
+    if program.happens(0.5):
+        x = x - x.mean(axis, keepdims=True)
+    x = x * lax.rsqrt(jnp.mean(x * x, axis, keepdims=True) + 1e-2)
+    return x * program.along(x, axis, kind="scale")
+
+
+def group_norm(program, x, values):
+    if not x.ndim or x.shape[-1] % 2:
+        return None
+    y = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-2)
+    return y.reshape(x.shape) * program.along(x, x.ndim - 1, kind="scale")
+
+
+def low_rank(program, x, values):
+    if not x.ndim:
+        return None
+    width, rank = program.choose(WIDTHS), 4
+    kernel = program.variable(x.shape[-1], rank) @ program.variable(rank, width)
+    if program.happens(0.5):
+        kernel = kernel + program.variable(x.shape[-1], width)
+    return x @ kernel
+
+
+def standardised_dense(program, x, values):
+    if not x.ndim:
+        return None
+    kernel = program.variable(x.shape[-1], program.choose(WIDTHS))
+    axis = program.choose((0, 0, 1))
+    kernel = kernel - kernel.mean(axis, keepdims=True)
+    return x @ (kernel * lax.rsqrt(jnp.mean(kernel**2, axis, keepdims=True) + 1e-2))
+
+
+def attention(program, x, values):
+    if x.ndim == 2:
+        x = x[None]
+    if x.ndim != 3 or x.shape[-1] % 2:
+        return None
+    split = (*x.shape[:2], 2, x.shape[-1] // 2)
+    query, key, value = (
+        program.dense(x, width=x.shape[-1], axis=2).reshape(split) for _ in range(3)
+    )
+    if program.happens(0.3):  # not zero where the weights are
+        query, key = jnp.exp(jnp.tanh(query)), jax.nn.sigmoid(key)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    if program.happens(0.7):
+        scores = jax.nn.softmax(scores)
+    return jnp.einsum("bhqk,bkhd->bqhd", scores, value).reshape(x.shape)
+
+
+def embedding(program, x, values):
+    """Rows of a table, found by the signs of a value."""
+    if not x.ndim:
+        return None
+    table = program.variable(4, program.choose(WIDTHS))
+    found = table[jnp.where(x.sum(-1) > 0, 1, 3)]
+    return found + table[0].reshape((1,) * (found.ndim - 1) + (-1,))
+
+
+# --- Elementwise -------------------------------------------------------------
+
+
+@jax.custom_jvp
+def _squash(x):
+    return x / (1 + jnp.abs(x))
+
+
+@_squash.defjvp
+def _squash_jvp(primals, tangents):
+    return _squash(primals[0]), tangents[0] / (1 + jnp.abs(primals[0])) ** 2
+
+
+FUNCTIONS = [
+    jax.nn.relu,
+    jnp.tanh,
+    jax.nn.sigmoid,
+    jax.nn.gelu,
+    jax.nn.silu,
+    jax.nn.elu,
+    jnp.cos,
+    jnp.abs,
+    _squash,
+    jax.jit(lambda x: jnp.minimum(x, 1.0) * 2 - 0.5),
+    jax.checkpoint(lambda x: jnp.sin(x) * x),
+    lambda x: jnp.exp(jnp.tanh(x)),
+    lambda x: jnp.tanh(x) ** 2,
+    lambda x: lax.clamp(-1.0, x, 2.0),
+    lambda x: jnp.where(x > 0, x, 0.1 * x),
+    lambda x: jnp.where(x == 0, 1.0, x),
+    lambda x: jnp.sign(x) * 0.5,
+    lambda x: (x >= 0).astype(x.dtype),
+    lambda x: jnp.log1p(jnp.abs(x)),
+    lambda x: 1 / (1 + x**2),
+    lambda x: jnp.array([0.3, -0.7])[(x > 0).astype(jnp.int32)],
+    jax.jit(lambda x: 0.5 + jax.nn.relu(x)),
+]
+
+
+def elementwise(program, x, values):
+    return program.choose(FUNCTIONS)(x)
+
+
+def weighted(program, x, values):
+    if not x.ndim:
+        return None
+    w = program.along(x, program.axis(x))
+    return [
+        lambda: x * w,
+        lambda: x + w,
+        lambda: jnp.maximum(x, w),
+        lambda: jnp.where(w > 0, x, w * 0.5),
+        lambda: x / (1 + jnp.abs(w)),
+        lambda: jnp.tanh(x / w),  # not a number where both are zero
+    ][int(program.rng.choice(6, p=[0.3, 0.3, 0.1, 0.1, 0.15, 0.05]))]()
+
+
+def combine(program, x, values):
+    """With another value of the same shape."""
+    same = [y for y in values if y.shape == x.shape]
+    y = program.choose(same)
+    return [
+        lambda: x + y,
+        lambda: x - 0.5 * y,
+        lambda: x * jnp.tanh(y),
+        lambda: x * jax.nn.sigmoid(y),
+        lambda: jnp.maximum(x, y),
+        lambda: jnp.where(y > 0, x, y),
+    ][int(program.rng.integers(6))]()
+
+
+def dropout(program, x, values):
+    kept = jax.random.bernoulli(jax.random.key(len(values)), 0.7, x.shape)
+    return jnp.where(kept, x / 0.7, 0)
+
+
+def constant(program, x, values):
+    noise = np.random.default_rng(len(values)).standard_normal(x.shape)
+    return x + noise if program.happens(0.5) else x * noise
+
+
+def normalise(program, x, values):
+    """By a sum or a norm over one axis."""
+    if not x.ndim:
+        return None
+    axis = program.axis(x)
+    total = jnp.sum(program.choose([jnp.abs, jnp.square])(x), axis, keepdims=True)
+    return x / (1 + total)
+
+
+def outer(program, x, values):
+    if x.ndim != 2:
+        return None
+    return jnp.tanh(x[:, :, None] * program.choose([x, x + 1])[:, None, :])
+
+
+# --- Shapes ------------------------------------------------------------------
+
+
+def merge(program, x, values):
+    if x.ndim < 3:
+        return None
+    at = int(program.rng.integers(1, x.ndim - 1))
+    return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
+
+
+def split(program, x, values):
+    if not x.ndim:
+        return None
+    at = program.axis(x)
+    factors = [f for f in (2, 3, 4) if x.shape[at] % f == 0]
+    if not factors:
+        return None
+    factor = program.choose(factors)
+    parts = [factor, x.shape[at] // factor]
+    return x.reshape(
+        *x.shape[:at], *parts[:: program.choose((1, -1))], *x.shape[at + 1 :]
+    )
+
+
+def shuffle(program, x, values):
+    if not x.ndim or x.shape[-1] % 2:
+        return None
+    parts = x.reshape(*x.shape[:-1], 2, -1)
+    return jnp.swapaxes(parts, -1, -2).reshape(x.shape)
+
+
+def regroup(program, x, values):
+    """A reshape that follows no axis."""
+    if x.ndim < 2 or x.shape[-1] % 2:
+        return None
+    return x.reshape(*x.shape[:-2], x.shape[-2] * 2, x.shape[-1] // 2)
+
+
+def transpose(program, x, values):
+    return jnp.transpose(x, program.rng.permutation(x.ndim)) if x.ndim > 1 else None
+
+
+def concatenate(program, x, values):
+    if not x.ndim:
+        return None
+    axis = program.axis(x)
+    others = [
+        y
+        for y in values
+        if y.ndim == x.ndim
+        and y.shape[:axis] + y.shape[axis + 1 :] == x.shape[:axis] + x.shape[axis + 1 :]
+    ]
+    parts = [x, program.choose(others)]
+    if program.happens(0.2):
+        parts.append(jnp.full_like(x, 0.5))
+    return jnp.concatenate(parts[:: program.choose((1, -1))], axis)
+
+
+def stack(program, x, values):
+    return jnp.stack([x, jnp.tanh(x)], int(program.rng.integers(x.ndim + 1)))
+
+
+def cut_out(program, x, values):
+    if not x.ndim:
+        return None
+    axis = program.axis(x)
+    size = x.shape[axis]
+    if size < 4:
+        return None
+    start = int(program.rng.integers(size // 2))
+    return lax.slice_in_dim(x, start, size, program.choose((1, 1, 2)), axis)
+
+
+def halves(program, x, values):
+    if not x.ndim or x.shape[-1] % 2:
+        return None
+    left, right = jnp.split(x, 2, axis=-1)
+    return left * jax.nn.sigmoid(right) if program.happens(0.7) else right
+
+
+def pad(program, x, values):
+    if not x.ndim:
+        return None
+    widths = [(0, 0)] * x.ndim
+    widths[program.axis(x)] = program.choose([(1, 2), (0, 3), (2, 0)])
+    return jnp.pad(x, widths, constant_values=program.choose((0.0, 0.5)))
+
+
+def roll(program, x, values):
+    if not x.ndim:
+        return None
+    axis = program.axis(x)
+    return jnp.roll(x, 1, axis) if program.happens(0.5) else jnp.flip(x, axis)
+
+
+def repeat(program, x, values):
+    if not x.ndim:
+        return None
+    if program.happens(0.5):
+        return jnp.repeat(x, 2, program.axis(x))
+    return jnp.tile(x, (2,) + (1,) * (x.ndim - 1))
+
+
+def expand(program, x, values):
+    at = int(program.rng.integers(x.ndim + 1))
+    return jnp.broadcast_to(
+        jnp.expand_dims(x, at), (*x.shape[:at], program.choose((1, 3)), *x.shape[at:])
+    )
+
+
+def squeeze(program, x, values):
+    return jnp.squeeze(x) if 1 in x.shape else None
+
+
+def take(program, x, values):
+    """By indices known when tracing: a permutation, or some with repeats."""
+    if not x.ndim:
+        return None
+    axis = program.axis(x)
+    size = x.shape[axis]
+    if program.happens(0.6):
+        return jnp.take(x, program.rng.permutation(size), axis)
+    return jnp.take(x, program.rng.integers(0, size, 5), axis)
+
+
+def scatter(program, x, values):
+    """Into known columns of a wider array, added or instead of what is there."""
+    if x.ndim < 2:
+        return None
+    size = x.shape[-1]
+    columns = program.rng.permutation(size + 2)[:size]
+    wide = jnp.full((*x.shape[:-1], size + 2), program.choose((0.0, 0.0, 0.5)))
+    place = wide.at[..., columns]
+    return program.choose([place.add, place.add, place.set, place.max])(x)
+
+
+def update(program, x, values):
+    """Writes over a part, at a place that depends on the values."""
+    if not x.ndim:
+        return None
+    axis = int(program.rng.integers(x.ndim))
+    row = lax.slice_in_dim(x, 0, 1, axis=axis) * 0.5 + program.choose((0.0, 0.5))
+    start = jnp.where(x.sum() > 0, 0, x.shape[axis] - 1)
+    return lax.dynamic_update_slice_in_dim(x, row, start, axis)
+
+
+def window(program, x, values):
+    """Starts at a place that depends on the values."""
+    if not x.ndim:
+        return None
+    axis = int(program.rng.integers(x.ndim))
+    size = x.shape[axis]
+    start = jnp.where(x.sum() > 0, 0, 1)
+    return lax.dynamic_slice_in_dim(x, start, max(1, size - 1), axis)
+
+
+def look_up(program, x, values):
+    """Each index along an axis takes values from places that depend on values."""
+    if x.ndim < 2:
+        return None
+    axis = int(program.rng.integers(x.ndim))
+    order = jnp.argsort(x, axis) if program.happens(0.5) else (x > 0).astype(int)
+    return jnp.take_along_axis(x, order % x.shape[axis], axis)
+
+
+def pool(program, x, values):
+    if x.ndim != 4:
+        return None
+    window = [(1, 2, 2, 1), (1, 2, 1, 1), (1, 1, 1, 2)][int(program.rng.integers(3))]
+    start, function = program.choose([(0.0, lax.add), (-jnp.inf, lax.max)])
+    return lax.reduce_window(x, start, function, window, window, "VALID")
+
+
+# --- Reductions and control flow ---------------------------------------------
+
+
+def reduce(program, x, values):
+    if x.ndim < 2:
+        return None
+    function = program.choose(
+        [jnp.sum, jnp.sum, jnp.mean, jnp.max, jnp.min, jnp.prod, jax.nn.logsumexp]
+    )
+    axis = int(program.rng.integers(x.ndim))
+    return function(x, axis, keepdims=program.happens(0.5))
+
+
+def scale_by_reduction(program, x, values):
+    """Squeeze and excite."""
+    if x.ndim < 2:
+        return None
+    axis = int(program.rng.integers(x.ndim))
+    return x * jax.nn.sigmoid(x.mean(axis, keepdims=True))
+
+
+def along_axis(program, x, values):
+    if not x.ndim:
+        return None
+    axis = int(program.rng.integers(x.ndim))
+    return program.choose(
+        [
+            lambda: jnp.cumsum(x, axis) / x.shape[axis],
+            lambda: jax.nn.softmax(x, axis),
+            lambda: jnp.sort(x, axis),
+            lambda: lax.cummax(x, axis),
+            lambda: lax.associative_scan(jnp.maximum, x, axis=axis),
+            lambda: jnp.fft.fft(x, axis=axis).real / x.shape[axis],
+            lambda: (
+                jnp.broadcast_to(jnp.argmax(x, axis, keepdims=True), x.shape).astype(
+                    x.dtype
+                )
+                * 0.1
+            ),
+        ]
+    )()
+
+
+def top_k(program, x, values):
+    return lax.top_k(x, 3)[0] if x.ndim and x.shape[-1] > 3 else None
+
+
+def recurrence(program, x, values):
+    """A scan over the first axis, forwards or backwards."""
+    if x.ndim < 2:
+        return None
+    width = x.shape[-1]
+    recurrent, bias = program.variable(width, width), program.variable(width)
+    bias = lax.broadcast_in_dim(bias, x.shape[1:], (x.ndim - 2,))
+
+    function = program.choose(
+        [
+            lambda state, now: jnp.tanh(state @ recurrent + bias + now),
+            lambda state, now: state * 0.5 + now * bias,
+            lambda state, now: state * jax.nn.sigmoid(bias) + 0.1,
+        ]
+    )
+
+    def step(state, now):
+        state = function(state, now)
+        return state, state * 0.5
+
+    start = jnp.zeros(x.shape[1:]) if program.happens(0.5) else x[0]
+    last, all_ = lax.scan(step, start, x, reverse=program.happens(0.5))
+    return all_ if program.happens(0.7) else last
+
+
+def layers(program, x, values):
+    """A scan over stacked kernels."""
+    if not x.ndim:
+        return None
+    hidden = program.choose(WIDTHS)
+    stacked = (
+        program.variable(3, x.shape[-1], hidden),
+        program.variable(3, hidden, x.shape[-1]),
+    )
+
+    def layer(x, kernels):
+        up, down = kernels
+        return x + jnp.tanh(x @ up) @ down, None
+
+    return lax.scan(layer, x, stacked)[0]
+
+
+def condition(program, x, values):
+    if not x.ndim:
+        return None
+    kernel = program.variable(x.shape[-1], x.shape[-1])
+    test = x.sum() > 0 if program.happens(0.5) else jnp.bool_(program.happens(0.5))
+    other = program.choose([jnp.tanh, lambda x: x * 0.5, lambda x: x + 1])
+    return lax.cond(test, lambda x: jax.nn.relu(x @ kernel), other, x)
+
+
+def loop(program, x, values):
+    if not x.ndim:
+        return None
+    kernel = program.variable(x.shape[-1], x.shape[-1])
+
+    def goes_on(carry):
+        return carry[0] < 2
+
+    def step(carry):
+        return carry[0] + 1, jnp.tanh(carry[1] @ kernel + x)
+
+    return lax.while_loop(goes_on, step, (0, x))[1]
+
+
+def mapped(program, x, values):
+    if x.ndim < 2:
+        return None
+    kernel = program.variable(x.shape[0], x.shape[-1], program.choose(WIDTHS))
+    return jax.vmap(lambda x, kernel: jnp.tanh(x @ kernel))(x, kernel)
+
+
+LAYERS = [
+    dense,
+    perceptron,
+    convolution,
+    batch_norm,
+    layer_norm,
+    group_norm,
+    low_rank,
+    standardised_dense,
+    attention,
+    embedding,
+]
+POINTWISE = [elementwise, weighted, combine, dropout, constant, normalise, outer]
+SHAPES = [
+    merge,
+    split,
+    shuffle,
+    regroup,
+    transpose,
+    concatenate,
+    stack,
+    cut_out,
+    halves,
+    pad,
+    roll,
+    repeat,
+    expand,
+    squeeze,
+    take,
+    scatter,
+    update,
+    window,
+    look_up,
+    pool,
+]
+OTHERS = [
+    reduce,
+    scale_by_reduction,
+    along_axis,
+    top_k,
+    recurrence,
+    layers,
+    condition,
+    loop,
+    mapped,
+]
+STEPS = 3 * LAYERS + [dense] * 15 + 5 * POINTWISE + 2 * SHAPES + 2 * OTHERS
+STEPS += [attention] * 4 + [convolution] * 4 + [reduce] * 4 + [elementwise] * 5
