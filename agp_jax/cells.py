@@ -95,12 +95,16 @@ def enter(leaf: Leaf) -> Entrant:
 
 def mask_of_cells(leaf: Leaf, kept: jax.Array) -> jax.Array:
     """The mask of `leaf` that keeps the cells `kept`, of those it has not lost yet."""
-    mask = jnp.broadcast_to(fill_boxes(kept, leaf.box), leaf.weights.shape)
-    if leaf.mask is not None:
-        return mask & leaf.mask
-    # A NaN is kept, as all of its tensor is. Saying so here gives the mask the sharding
-    # of the weights.
-    return mask | jnp.isnan(leaf.weights)
+    return keep_sharding(fill_boxes(kept, leaf.box), leaf.weights, leaf.mask)
+
+
+def keep_sharding(
+    kept: jax.Array, weights: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """What `kept` and `mask` both keep, in the shape and sharding of the weights."""
+    kept = jnp.broadcast_to(kept, weights.shape)
+    # A NaN is kept, as all of its tensor is. Saying so gives the mask the sharding.
+    return kept | (weights != weights) if mask is None else kept & mask
 
 
 def weight_keys(leaf: Leaf) -> jax.Array:

@@ -28,6 +28,8 @@ def hold_contests(
 
     Where a kept weight or its score is not finite, all of its contest is kept.
     """
+    if not entrants:
+        return []
     contests = _number_contests(entrants, rules)
     num_removed = jnp.zeros(len(contests.sizes), jnp.int32)
     for schedule in set(contests.schedules):

@@ -5,7 +5,7 @@ A mask is a bool array shaped like its parameter, True where the weight is kept.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,17 @@ import optax
 
 from agp_jax.cells import Leaf, enter, mask_of_cells
 from agp_jax.contests import hold_contests, keep_n_of_m
+from agp_jax.couplings import Couplings
 from agp_jax.rules import Rule, match_rules
 from agp_jax.shardings import indices_along
 from agp_jax.trees import PyTree, flatten_with_paths, leaves_of
+from agp_jax.units import (
+    all_units,
+    enter_group,
+    follows_couplings,
+    masks_of_members,
+    rank_groups,
+)
 
 
 def make_masks(
@@ -28,6 +36,7 @@ def make_masks(
     *,
     gradients: PyTree | None = None,
     scores: PyTree | None = None,
+    couplings: Couplings | None = None,
 ) -> PyTree:
     """The masks that `rules` ask for at `step`.
 
@@ -49,16 +58,20 @@ def make_masks(
       scores: a tree like `params` whose arrays replace the rules' own scores, each of
         its parameter's shape; None or `optax.MaskedNode()` where the rule's score
         should be used.
+      couplings: of `params`. With them rules with filters, channels or heads rank the
+        units of a group by scores summed over all its parameters that the rules name,
+        and the masks cover every slice of a unit, in dense parameters too.
 
     Returns:
       A tree like `params` of bool arrays and `optax.MaskedNode()`.
 
     Raises:
       ValueError: as `match_rules` does; if gradients are needed and missing; if a score
-        or mask has not its parameter's shape.
+        or mask has not its parameter's shape; if the couplings are of other parameters,
+        or do not let a rule remove what it names.
     """
     matched = match_rules(rules, params)
-    return remake_masks(params, matched, step, masks, gradients, scores)
+    return remake_masks(params, matched, step, masks, gradients, scores, couplings)
 
 
 def remake_masks(
@@ -68,50 +81,72 @@ def remake_masks(
     masks: PyTree | None,
     gradients: PyTree | None,
     scores: PyTree | None,
+    couplings: Couplings | None,
 ) -> PyTree:
     """`make_masks` with the rules that `match_rules` has matched to `params`."""
     if not isinstance(step, jax.Array):
         step = operator.index(step)
-    paths, weights, treedef = flatten_with_paths(params)
-    columns = [
-        treedef.flatten_up_to(matched),
-        leaves_of(masks, paths, "the masks"),
-        leaves_of(gradients, paths, "the gradients"),
-        leaves_of(scores, paths, "the scores"),
+    paths, arrays, treedef = flatten_with_paths(params)
+    weights = dict(zip(paths, arrays, strict=True))
+    rules = dict(zip(paths, treedef.flatten_up_to(matched), strict=True))
+    new_masks = _by_path(masks, paths, "the masks")  # those of earlier rules stay
+    gradients = _by_path(gradients, paths, "the gradients")
+    scores = _by_path(scores, paths, "the scores")
+    leaves = {
+        path: _leaf(path, rule, weights, new_masks, gradients, scores)
+        for path, rule in rules.items()
+        if rule is not None
+    }
+    groups = [] if couplings is None else rank_groups(leaves, weights, couplings)
+    alone = [
+        leaf
+        for leaf in leaves.values()
+        if couplings is None or not follows_couplings(leaf.rule)
     ]
-    results: list[Any] = [optax.MaskedNode()] * len(paths)
-    contesting: dict[int, Leaf] = {}
-    for i, (rule, mask, gradient, score) in enumerate(zip(*columns, strict=True)):
-        if rule is None:
-            if mask is not None:  # of an earlier rule
-                results[i] = mask
-            continue
-        leaf = Leaf(
-            paths[i],
-            rule,
-            jnp.asarray(weights[i]),
-            mask,
-            gradient if rule.scores_gradients else None,
-            score,
-        )
-        if leaf.mask is not None and leaf.mask.shape != leaf.weights.shape:
-            raise ValueError(
-                f"the mask of {leaf.path} must have its shape {leaf.weights.shape}, "
-                f"got {leaf.mask.shape}"
-            )
-        if not _may_lose(leaf, step):
-            results[i] = _unchanged(leaf)
+    contesting = []
+    for leaf in alone:
+        if leaf.weights.size == 0 or not _may_prune(leaf.rule, step):
+            new_masks[leaf.path] = _unchanged(leaf)
         elif leaf.structure.keep_n_of_m:
-            results[i] = keep_n_of_m(leaf, step)
+            new_masks[leaf.path] = keep_n_of_m(leaf, step)
         else:
-            contesting[i] = leaf
-    if contesting:
-        leaves = list(contesting.values())
-        rules = [leaf.rule for leaf in leaves]
-        kept = hold_contests([enter(leaf) for leaf in leaves], rules, step)
-        for (i, leaf), cells in zip(contesting.items(), kept, strict=True):
-            results[i] = mask_of_cells(leaf, cells)
-    return treedef.unflatten(results)
+            contesting.append(leaf)
+    moving = [group for group in groups if _may_prune(group.rule, step)]
+    kept = hold_contests(
+        [*map(enter, contesting), *(enter_group(group, leaves) for group in moving)],
+        [rival.rule for rival in (*contesting, *moving)],
+        step,
+    )
+    for leaf, cells in zip(contesting, kept, strict=False):
+        new_masks[leaf.path] = mask_of_cells(leaf, cells)
+    moved = iter(kept[len(contesting) :])
+    units = [next(moved) if group in moving else all_units(group) for group in groups]
+    new_masks |= masks_of_members(groups, units, weights, new_masks)
+    return treedef.unflatten(new_masks.get(path, optax.MaskedNode()) for path in paths)
+
+
+def _leaf(
+    path: str,
+    rule: Rule,
+    weights: Mapping[str, Any],
+    masks: Mapping[str, jax.Array],
+    gradients: Mapping[str, jax.Array],
+    scores: Mapping[str, jax.Array],
+) -> Leaf:
+    mask = masks.get(path)
+    array = jnp.asarray(weights[path])
+    if mask is not None and mask.shape != array.shape:
+        raise ValueError(
+            f"the mask of {path} must have its shape {array.shape}, got {mask.shape}"
+        )
+    gradient = gradients.get(path) if rule.scores_gradients else None
+    return Leaf(path, rule, array, mask, gradient, scores.get(path))
+
+
+def _by_path(tree: PyTree, paths: Sequence[str], what: str) -> dict[str, Any]:
+    """The leaves of `tree` by path, without those that it has not."""
+    leaves = zip(paths, leaves_of(tree, paths, what), strict=True)
+    return {path: leaf for path, leaf in leaves if leaf is not None}
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -201,8 +236,7 @@ def _unchanged(leaf: Leaf) -> jax.Array:
     return leaf.mask
 
 
-def _may_lose(leaf: Leaf, step: int | jax.Array) -> bool:
-    """Whether `leaf` may have to lose cells by `step`; True where step is traced."""
-    if leaf.weights.size == 0:
-        return False
-    return not isinstance(step, int) or leaf.schedule.sparsity_at(step) > 0
+def _may_prune(rule: Rule, step: int | jax.Array) -> bool:
+    """Whether `rule` may remove cells by `step`; True where step is traced."""
+    assert rule.schedule is not None
+    return not isinstance(step, int) or rule.schedule.sparsity_at(step) > 0

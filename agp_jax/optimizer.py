@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agp_jax.couplings import Couplings
 from agp_jax.masks import (
     apply_masks,
     make_masks,
@@ -39,6 +40,7 @@ def prune(
     inner: optax.GradientTransformation,
     rules: Sequence[Rule],
     *,
+    couplings: Couplings | None = None,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it prunes while it trains.
@@ -60,6 +62,11 @@ def prune(
     Args:
       inner: any optax optimizer.
       rules: which parameters to prune, how and when; the first match wins.
+      couplings: of the parameters, from `find_couplings`. With them rules with filters,
+        channels or heads rank the units of a group, by scores summed over all its
+        parameters that the rules name, and mask every slice of a unit: the model
+        computes what it will once these are cut. Without, such a rule masks the
+        parameter that it names and nothing else.
       packed: store masks at one bit per weight instead of one byte. Not with
         `nnx.Optimizer`, which takes packed masks apart.
 
@@ -89,7 +96,7 @@ def prune(
     def init(params: optax.Params) -> PruneState:
         return PruneState(
             step=jnp.zeros((), jnp.int32),
-            masks=store(make_masks(params, rules, 0)),
+            masks=store(make_masks(params, rules, 0, couplings=couplings)),
             inner_state=inner.init(params),
         )
 
@@ -111,7 +118,9 @@ def prune(
 
         def remake() -> PyTree:
             masks = _unpacked(state.masks)
-            return store(remake_masks(params, matched, step, masks, updates, scores))
+            return store(
+                remake_masks(params, matched, step, masks, updates, scores, couplings)
+            )
 
         def forget() -> PyTree:
             return _mask_mirrors(state.inner_state, _unpacked(stored), params)

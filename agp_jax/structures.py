@@ -31,11 +31,13 @@ class Structure:
       box: gives, for a tensor's shape, the shape of its boxes.
       keep_n_of_m: `(n, m, axis)` where cells compete only in groups of m neighbours
         along `axis`, of which the last event keeps n; None where all cells compete.
+      axis: the one axis that is divided, where cells span all others; else None.
     """
 
     name: str
     box: Callable[[Shape], Shape] = dataclasses.field(compare=False, repr=False)
     keep_n_of_m: tuple[int, int, int] | None = None
+    axis: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -76,13 +78,17 @@ def n_m(n: int, m: int, axis: int = -2) -> Structure:
 def filters(axis: int = -1) -> Structure:
     """One cell per output feature: the whole filter that makes it."""
     axis = _whole("axis", axis)
-    return Structure(f"filters(axis={axis})", lambda shape: _slabs(shape, axis))
+    return Structure(
+        f"filters(axis={axis})", lambda shape: _slabs(shape, axis), axis=axis
+    )
 
 
 def channels(axis: int = -2) -> Structure:
     """One cell per input feature: all weights that read it."""
     axis = _whole("axis", axis)
-    return Structure(f"channels(axis={axis})", lambda shape: _slabs(shape, axis))
+    return Structure(
+        f"channels(axis={axis})", lambda shape: _slabs(shape, axis), axis=axis
+    )
 
 
 def heads(count: int, axis: int = -1) -> Structure:
@@ -91,7 +97,9 @@ def heads(count: int, axis: int = -1) -> Structure:
     if count < 1:
         raise ValueError(f"heads needs a count of at least 1, got {count}")
     return Structure(
-        f"heads({count}, axis={axis})", lambda shape: _slabs(shape, axis, count)
+        f"heads({count}, axis={axis})",
+        lambda shape: _slabs(shape, axis, count),
+        axis=axis,
     )
 
 

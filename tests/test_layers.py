@@ -29,6 +29,7 @@ CORE = [
     "analyses",  # the labels of a whole function
     "couplings",  # which slices of which leaves go together
     "cells",  # what a parameter's cells are ranked by
+    "units",  # what coupled slices are ranked by
     "contests",  # which of these compete, and how many go
     "masks",  # what the rules keep at a step
     "optimizer",  # the optax transformation that prunes

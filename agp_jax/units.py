@@ -1,0 +1,239 @@
+"""Units: coupled slices of several parameters, which are ranked and masked as one.
+
+With couplings, a rule with filters, channels or heads ranks the units of the groups
+that its slabs belong to, by scores summed over all the parameters that the rule names.
+The masks then cover every slice of a unit, in parameters that no rule names too.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agp_jax.cells import Leaf, cell_keys, keep_sharding, weight_scores
+from agp_jax.couplings import Couplings, Group, Member
+from agp_jax.rules import Rule
+from agp_jax.selection import Entrant
+from agp_jax.shardings import replicate
+from agp_jax.structures import Shape, any_in_boxes, sum_boxes
+from agp_jax.trees import flatten_with_paths
+
+
+class RankedGroup(NamedTuple):
+    """A group whose units a rule prunes.
+
+    Attributes:
+      units: the group.
+      rule: when and how many of its units go.
+      scored: the members whose slices the units are ranked by.
+    """
+
+    units: Group
+    rule: Rule
+    scored: tuple[Member, ...]
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return self.units.members
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(layers, units), or (units,) where layers are not stacked."""
+        layers, units = self.units.layers, self.units.units
+        return (layers, units) if layers else (units,)
+
+
+def rank_groups(
+    leaves: Mapping[str, Leaf],
+    weights: Mapping[str, Any],
+    couplings: Couplings,
+) -> list[RankedGroup]:
+    """The groups whose units the rules of `leaves` prune.
+
+    Args:
+      leaves: what the rules prune, by path.
+      weights: all parameters.
+      couplings: of all parameters.
+
+    Raises:
+      ValueError: if the couplings are of other parameters; if what a rule names cannot
+        be removed; if two rules want different things of one group.
+    """
+    _check_variables(couplings, weights)
+    ranked: dict[str, RankedGroup] = {}
+    for leaf in leaves.values():
+        if not follows_couplings(leaf.rule):
+            continue
+        for group, member in _groups_of(leaf, couplings):
+            so_far = ranked.get(group.name, RankedGroup(group, leaf.rule, ()))
+            if _wishes(so_far.rule) != _wishes(leaf.rule):
+                raise ValueError(
+                    f"{so_far.rule} and {leaf.rule} both prune the units of "
+                    f"{group.name}: give them one schedule, score and scope, or name "
+                    f"the parameters of the group in one rule"
+                )
+            ranked[group.name] = so_far._replace(scored=(*so_far.scored, member))
+    return list(ranked.values())
+
+
+def follows_couplings(rule: Rule) -> bool:
+    """Whether the rule's cells are slabs, such as filters, which others depend on."""
+    return rule.structure is not None and rule.structure.axis is not None
+
+
+def all_units(group: RankedGroup) -> jax.Array:
+    """What is kept of a group before its first event."""
+    return jnp.ones(group.shape, bool)
+
+
+def enter_group(group: RankedGroup, leaves: Mapping[str, Leaf]) -> Entrant:
+    """The units of a group as they enter a contest, or one for each layer."""
+    num_rows = len(group.shape) - 1
+    scored = [(leaves[member.path], member) for member in group.scored]
+    scores = [_unit_scores(leaf, member, num_rows) for leaf, member in scored]
+    alive = [_units_alive(leaf, member, num_rows) for leaf, member in scored]
+    return Entrant(
+        (functools.reduce(jnp.add, scores), functools.reduce(jnp.logical_or, alive)),
+        cell_keys,
+        shape=group.shape,
+        num_row_axes=num_rows,
+    )
+
+
+def masks_of_members(
+    groups: Sequence[RankedGroup],
+    kept: Sequence[jax.Array],
+    weights: Mapping[str, Any],
+    masks: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """The masks of all members of the groups, by path, where these units are kept.
+
+    Args:
+      groups: the groups.
+      kept: for each group bools of its shape.
+      weights: all parameters.
+      masks: what the parameters have not lost yet, where that is not everything.
+    """
+    flags: dict[str, list[jax.Array]] = defaultdict(list)
+    for group, units in zip(groups, kept, strict=True):
+        for member in group.members:
+            shape = jnp.shape(weights[member.path])
+            flags[member.path].append(_along_member(member, units, shape))
+    return {
+        path: keep_sharding(
+            functools.reduce(jnp.logical_and, found), weights[path], masks.get(path)
+        )
+        for path, found in flags.items()
+    }
+
+
+def _check_variables(couplings: Couplings, weights: Mapping[str, Any]) -> None:
+    paths, leaves, _ = flatten_with_paths(couplings.variables)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if path not in weights:
+            raise ValueError(
+                f"the couplings have {path!r}, which is no parameter: pass those of "
+                f"the parameters alone, such as couplings.subtree('params')"
+            )
+        if jnp.shape(weights[path]) != leaf.shape:
+            raise ValueError(
+                f"the couplings are of {path} with shape {leaf.shape}, but it has "
+                f"shape {jnp.shape(weights[path])}"
+            )
+
+
+def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
+    """The groups whose units consist of the slabs that a rule divides a leaf into."""
+    axis = leaf.structure.axis
+    assert axis is not None
+    axis %= len(leaf.cell_shape)
+    width = leaf.box[axis]
+    axis += leaf.rule.stacked_axes
+    here = [
+        (group, member)
+        for group in couplings.groups
+        for member in group.members
+        if (member.path, member.axis) == (leaf.path, axis) and _has_runs(member, width)
+    ]
+    subject = f"{leaf.rule} prunes {leaf.path} by {leaf.structure}, but"
+    advice = f"Put a rule without structure before it that keeps {leaf.path} dense"
+    if not here:
+        fixed = couplings.frozen.get((leaf.path, axis), ())
+        reason = f" ({fixed[0][2]})" if fixed else ""
+        raise ValueError(
+            f"{subject} no such parts can be cut from its axis {axis}{reason}. {advice}"
+        )
+    for group, _ in here:
+        if not group.exact:
+            raise ValueError(
+                f"{subject} a model without units of {group.name} is another one than "
+                f"one with zeros ({group.inexact}). {advice}"
+            )
+    counts = np.bincount(np.concatenate([m.indices.reshape(-1) for _, m in here]))
+    if counts.max() > 1:
+        kinds = " and ".join(f"{g.name} ({g.units} units)" for g, _ in here)
+        raise ValueError(
+            f"{subject} units of several kinds lie along its axis {axis}: {kinds}. "
+            f"Choose one of them by agp.heads"
+        )
+    return here
+
+
+def _has_runs(member: Member, width: int) -> bool:
+    """Whether each unit of the member consists of whole runs of `width` slices."""
+    runs = np.sort(member.indices // width, axis=1)
+    units, slices = runs.shape
+    if slices % width:
+        return False
+    by_run = runs.reshape(units, slices // width, width)
+    return bool((by_run == by_run[..., :1]).all())
+
+
+def _wishes(rule: Rule) -> tuple:
+    return rule.schedule, rule.score, rule.scope
+
+
+def _unit_scores(leaf: Leaf, member: Member, num_rows: int) -> jax.Array:
+    """float32 (*rows, units): the sum of the scores of a unit's weights."""
+    scores = weight_scores(leaf)
+    if leaf.mask is not None:
+        scores = jnp.where(leaf.mask, scores, 0.0)
+    box = _slice_box(leaf, member, num_rows)
+    by_unit = _per_unit(sum_boxes(scores, box), member, num_rows)
+    return sum_boxes(by_unit, (*[1] * (num_rows + 1), by_unit.shape[-1]))[..., 0]
+
+
+def _units_alive(leaf: Leaf, member: Member, num_rows: int) -> jax.Array:
+    """bool (*rows, units): whether any weight of a unit is left."""
+    mask = jnp.ones_like(leaf.weights, bool) if leaf.mask is None else leaf.mask
+    box = _slice_box(leaf, member, num_rows)
+    return _per_unit(any_in_boxes(mask, box), member, num_rows).any(axis=-1)
+
+
+def _slice_box(leaf: Leaf, member: Member, num_rows: int) -> Shape:
+    """The box of one slice along the member's axis, in one row."""
+    apart = (*range(num_rows), member.axis)
+    return tuple(1 if i in apart else n for i, n in enumerate(leaf.weights.shape))
+
+
+def _per_unit(slices: jax.Array, member: Member, num_rows: int) -> jax.Array:
+    """(*rows, units, slices) of values for each slice, that are few."""
+    flat = slices.reshape(*slices.shape[:num_rows], -1)
+    return replicate(flat)[..., member.indices]
+
+
+def _along_member(member: Member, kept: jax.Array, shape: Shape) -> jax.Array:
+    """Which slices of a member the kept units leave, to broadcast to its shape."""
+    size = shape[member.axis]
+    unit = np.full(size, -1)
+    unit[member.indices] = np.arange(len(member.indices))[:, None]
+    flags = jnp.where(unit >= 0, kept[..., np.maximum(unit, 0)], True)
+    flat = [1] * len(shape)
+    flat[member.axis] = size
+    if flags.ndim == 2:
+        flat[0] = flags.shape[0]
+    return flags.reshape(flat)

@@ -1,0 +1,369 @@
+"""Rules with couplings: units ranked by summed scores, masked in every member."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import agp_jax as agp
+
+LINE = agp.polynomial_schedule(0.75, begin_step=0, end_step=3, power=1.0)
+HALF = agp.one_shot(0.5, step=1)
+
+
+def residual(params, x):
+    """Two layers that write to one stream of 8 features, with a hidden layer of 12."""
+    stream = x @ params["embed"]["kernel"] + params["embed"]["bias"][None]
+    hidden = stream @ params["up"]["kernel"] + params["up"]["bias"][None]
+    stream = stream + jnp.maximum(hidden, 0) @ params["down"]["kernel"]
+    return stream @ params["head"]["kernel"]
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.float32(rng.normal(size=shape))  # noqa: E731
+    return {
+        "embed": {"kernel": normal(5, 8), "bias": normal(8)},
+        "up": {"kernel": normal(8, 12), "bias": normal(12)},
+        "down": {"kernel": normal(12, 8)},
+        "head": {"kernel": normal(8, 3)},
+    }
+
+
+X = jnp.float32(np.random.default_rng(9).normal(size=(4, 5)))
+
+
+@functools.cache
+def couplings():
+    return agp.find_couplings(residual, draw(), X)
+
+
+def filters(pattern, schedule=HALF, **options):
+    return agp.Rule(pattern, agp.filters(), schedule, **options)
+
+
+def masks_at(params, rules, step, masks=None, **options):
+    @jax.jit
+    def make(params, masks, options):
+        return agp.make_masks(
+            params, rules, step, masks, couplings=couplings(), **options
+        )
+
+    return make(params, masks, options)
+
+
+def lowest(scores, count):
+    """The numbers of the `count` lowest scores; of equals, those that come last."""
+    order = np.lexsort((-np.arange(len(scores)), scores))
+    return set(order[:count].tolist())
+
+
+def gone(mask, axis):
+    """The slices along an axis in which nothing is kept."""
+    others = tuple(i for i in range(mask.ndim) if i != axis)
+    return set(np.flatnonzero(~np.asarray(mask).any(axis=others)).tolist())
+
+
+@pytest.mark.parametrize("score", [jnp.abs, jnp.square])
+def test_units_are_ranked_by_scores_summed_over_the_named_producers(score):
+    params = draw()
+    rules = [filters("embed/kernel|down/kernel", score=score)]
+    masks = masks_at(params, rules, 1)
+    sums = sum(
+        np.asarray(score(params[name]["kernel"]), np.float64).sum(0)
+        for name in ("embed", "down")
+    )
+    assert gone(masks["embed"]["kernel"], 1) == lowest(sums, 4)
+    only_one = masks_at(params, [filters("down/kernel", score=score)], 1)
+    own = np.asarray(score(params["down"]["kernel"]), np.float64).sum(0)
+    assert gone(only_one["embed"]["kernel"], 1) == lowest(own, 4)
+
+
+def test_masks_cover_every_slice_of_a_unit_and_nothing_else():
+    masks = masks_at(draw(), [filters("up/kernel")], 1)
+    lost = gone(masks["up"]["kernel"], 1)
+    assert len(lost) == 6
+    keeps = np.array([unit not in lost for unit in range(12)])
+    np.testing.assert_array_equal(
+        masks["up"]["kernel"], np.broadcast_to(keeps, (8, 12))
+    )
+    np.testing.assert_array_equal(masks["up"]["bias"], keeps)
+    np.testing.assert_array_equal(
+        masks["down"]["kernel"], np.broadcast_to(keeps[:, None], (12, 8))
+    )
+    assert masks["embed"] == {"kernel": optax.MaskedNode(), "bias": optax.MaskedNode()}
+
+
+def test_a_parameter_of_two_groups_loses_the_slices_of_both():
+    masks = masks_at(draw(), [filters("(embed|up)/kernel")], 1)
+    stream, hidden = gone(masks["embed"]["bias"], 0), gone(masks["up"]["bias"], 0)
+    assert (len(stream), len(hidden)) == (4, 6)
+    expected = np.ones((12, 8), bool)
+    expected[list(hidden)] = False
+    expected[:, list(stream)] = False
+    np.testing.assert_array_equal(masks["down"]["kernel"], expected)
+
+
+def test_channels_rank_units_by_what_reads_them():
+    params = draw()
+    rule = agp.Rule("down/kernel", agp.channels(), HALF)
+    masks = masks_at(params, [rule], 1)
+    sums = np.abs(np.asarray(params["down"]["kernel"], np.float64)).sum(1)
+    assert gone(masks["up"]["kernel"], 1) == lowest(sums, 6)
+
+
+def test_counts_follow_the_schedule_and_units_never_come_back():
+    rules = [filters("up/kernel", LINE), filters("embed/kernel", LINE)]
+    masks, lost = None, set()
+    for step, (of_stream, of_hidden) in enumerate([(0, 0), (2, 3), (4, 6), (6, 9)]):
+        masks = masks_at(draw(step), rules, step, masks)
+        assert len(gone(masks["embed"]["kernel"], 1)) == of_stream
+        assert len(gone(masks["up"]["kernel"], 1)) == of_hidden
+        assert lost <= gone(masks["up"]["kernel"], 1)
+        lost = gone(masks["up"]["kernel"], 1)
+
+
+def test_one_unit_of_each_group_stays():
+    most = agp.one_shot(0.99, step=1)
+    masks = masks_at(draw(), [filters("(up|embed)/kernel", most)], 1)
+    assert len(gone(masks["up"]["kernel"], 1)) == 11
+    assert len(gone(masks["embed"]["kernel"], 1)) == 7
+
+
+def test_groups_of_a_rule_are_ranked_together():
+    params = draw()
+    rules = [filters("(up|embed)/kernel", scope="rule")]
+    masks = masks_at(params, rules, 1)
+    sums = [
+        np.abs(np.asarray(params[name]["kernel"], np.float64)).sum(0)
+        for name in ("embed", "up")
+    ]
+    expected = lowest(np.concatenate(sums), 10)
+    found = gone(masks["embed"]["bias"], 0) | {
+        8 + unit for unit in gone(masks["up"]["bias"], 0)
+    }
+    assert found == expected
+
+
+def test_a_group_with_a_weight_that_is_not_finite_loses_nothing():
+    params = draw()
+    params["embed"]["kernel"] = params["embed"]["kernel"].at[2, 3].set(jnp.nan)
+    masks = masks_at(params, [filters("(embed|up|down)/kernel")], 1)
+    assert not gone(masks["embed"]["bias"], 0)
+    assert len(gone(masks["up"]["bias"], 0)) == 6
+
+
+def test_weights_pruned_one_by_one_and_units_go_side_by_side():
+    params = draw()
+    rules = [filters("up/kernel"), agp.Rule("down/kernel", agp.element(), HALF)]
+    masks = masks_at(params, rules, 1)
+    lost = gone(masks["up"]["kernel"], 1)
+    alone = agp.make_masks(params, rules[1:], 1)["down"]["kernel"]
+    expected = np.asarray(alone).copy()
+    expected[list(lost)] = False
+    np.testing.assert_array_equal(masks["down"]["kernel"], expected)
+
+
+def test_gradients_and_outside_scores_rank_units():
+    params, gradients = draw(), draw(1)
+    rule = filters("up/kernel", score=lambda w, g: jnp.abs(w * g))
+    masks = masks_at(params, [rule], 1, gradients=gradients)
+    product = np.asarray(params["up"]["kernel"]) * np.asarray(gradients["up"]["kernel"])
+    sums = np.abs(product.astype(np.float64)).sum(0)
+    assert gone(masks["up"]["bias"], 0) == lowest(sums, 6)
+    scores = {"up": {"kernel": jnp.tile(jnp.arange(12.0), (8, 1))}}
+    masks = masks_at(params, [filters("up/kernel")], 1, scores=scores)
+    assert gone(masks["up"]["bias"], 0) == set(range(6))
+
+
+def attention(params, x):
+    """Four heads of three features, in one flat axis."""
+    q, k, v = (
+        (x @ params[name]["kernel"]).reshape(*x.shape[:-1], 4, 3) for name in "qkv"
+    )
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    return mixed.reshape(*x.shape[:-1], 12) @ params["out"]["kernel"]
+
+
+def draw_attention():
+    rng = np.random.default_rng(3)
+    shapes = {"q": (5, 12), "k": (5, 12), "v": (5, 12), "out": (12, 5)}
+    return {
+        name: {"kernel": jnp.float32(rng.normal(size=shape))}
+        for name, shape in shapes.items()
+    }
+
+
+def test_heads_go_whole_in_queries_keys_values_and_output():
+    params = draw_attention()
+    x = jnp.float32(np.random.default_rng(4).normal(size=(2, 6, 5)))
+    found = agp.find_couplings(attention, params, x)
+    rule = agp.Rule("[qkv]/kernel", agp.heads(4), HALF)
+    masks = agp.make_masks(params, [rule], 1, couplings=found)
+    sums = sum(
+        np.abs(np.asarray(params[name]["kernel"], np.float64)).sum(0).reshape(4, 3)
+        for name in "qkv"
+    ).sum(1)
+    features = {3 * h + i for h in lowest(sums, 2) for i in range(3)}
+    for name, axis in (("q", 1), ("k", 1), ("v", 1), ("out", 0)):
+        assert gone(masks[name]["kernel"], axis) == features
+    with pytest.raises(ValueError, match="units of several kinds.*agp.heads"):
+        rule = filters("q/kernel")
+        agp.make_masks(params, [rule], 1, couplings=found)
+
+
+def stack(params, x):
+    """Three layers, whose weights are stacked, with 8 hidden features each."""
+
+    def layer(x, weights):
+        return x + jnp.tanh(x @ weights["up"]) @ weights["down"], None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+def test_stacked_layers_lose_different_units_and_equally_many():
+    rng = np.random.default_rng(5)
+    params = {
+        "up": jnp.float32(rng.normal(size=(3, 4, 8))),
+        "down": jnp.float32(rng.normal(size=(3, 8, 4))),
+    }
+    x = jnp.ones((2, 4))
+    found = agp.find_couplings(stack, params, x)
+    masks = agp.make_masks(params, [filters("up", stacked_axes=1)], 1, couplings=found)
+    sums = np.abs(np.asarray(params["up"], np.float64)).sum(1)
+    for layer in range(3):
+        assert gone(masks["up"][layer], 1) == lowest(sums[layer], 4)
+        assert gone(masks["down"][layer], 0) == lowest(sums[layer], 4)
+    cut = agp.plan_cut(masks, found)
+    thinned = agp.thin(params, cut)
+    assert thinned["up"].shape == (3, 4, 4)
+    masked = stack(agp.apply_masks(params, masks), x)
+    again = agp.thin_function(stack, params, cut)(thinned, x)
+    np.testing.assert_allclose(again, masked, rtol=1e-5, atol=1e-6)
+
+
+def train(tx, params, steps):
+    return go_on(tx, params, jax.jit(tx.init)(params), steps, residual)
+
+
+def go_on(tx, params, state, steps, fn):
+    @jax.jit
+    def step(params, state):
+        gradients = jax.grad(lambda p: (fn(p, X) ** 2).mean())(params)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_prune_masks_units_and_a_cut_takes_them_out(packed):
+    rules = [filters("(embed|down|up)/kernel", LINE)]
+    inner = optax.adamw(0.05)
+    tx = agp.prune(inner, rules, couplings=couplings(), packed=packed)
+    params, state = train(tx, draw(), 4)
+    masks = agp.get_masks(state)
+    assert len(gone(masks["up"]["bias"], 0)) == 9
+    assert len(gone(masks["embed"]["bias"], 0)) == 6
+    for masked, x in zip(
+        jax.tree.leaves(agp.apply_masks(params, masks)),
+        jax.tree.leaves(params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(masked, x)
+    cut = agp.plan_cut(masks, couplings())
+    thinned = agp.thin(params, cut)
+    assert thinned["down"]["kernel"].shape == (3, 2)
+    assert thinned["head"]["kernel"].shape == (2, 3)
+    again = agp.thin_function(residual, params, cut)(thinned, X)
+    np.testing.assert_allclose(again, residual(params, X), rtol=1e-5, atol=1e-6)
+
+
+def test_training_goes_on_after_the_cut_as_it_would_have_with_masks():
+    rules = [filters("(embed|down|up)/kernel", LINE)]
+    tx = agp.prune(optax.adamw(0.05), rules, couplings=couplings())
+    params, state = train(tx, draw(), 4)
+    cut = agp.plan_cut(agp.get_masks(state), couplings())
+    thin_fn = agp.thin_function(residual, params, cut)
+    thinned_state = agp.thin_opt_state(state, params, cut).inner_state
+    masked, _ = go_on(tx, params, state, 5, residual)
+    thinned, _ = go_on(
+        optax.adamw(0.05), agp.thin(params, cut), thinned_state, 5, thin_fn
+    )
+    expected = agp.thin(masked, cut)
+    for x, y in zip(jax.tree.leaves(thinned), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_weights_give_the_same_masks_and_masks_lie_as_they_do(axis_type):
+    params = draw()
+    rules = [filters("(embed|down|up)/kernel")]
+    expected = masks_at(params, rules, 1)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
+    specs = {
+        "embed": {"kernel": PartitionSpec(None, "y"), "bias": PartitionSpec("x")},
+        "up": {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec()},
+        "down": {"kernel": PartitionSpec("y", "x")},
+        "head": {"kernel": PartitionSpec("y", None)},
+    }
+    with jax.set_mesh(mesh):
+        sharded = jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs
+        )
+        masks = jax.jit(lambda p: masks_at(p, rules, 1))(sharded)
+    jax.tree.map(np.testing.assert_array_equal, masks, expected)
+    if axis_type == AxisType.Explicit:
+        jax.tree.map(
+            lambda m, x: m.sharding.is_equivalent_to(x.sharding, x.ndim) or 1 / 0,
+            masks,
+            sharded,
+        )
+
+
+def normalised(params, x):
+    stream = x @ params["embed"]["kernel"]
+    stream = stream - stream.mean(axis=-1, keepdims=True)
+    return stream @ params["head"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ([filters("head/kernel")], "'head/kernel' prunes head/kernel.*keeps head/ker"),
+        (
+            [filters("embed/kernel"), filters("down/kernel", LINE)],
+            "'down/kernel' and rule 'embed/kernel' both prune the units of down/kern",
+        ),
+    ],
+)
+def test_what_cannot_be_pruned_so_is_refused(rules, message):
+    with pytest.raises(ValueError, match=message):
+        masks_at(draw(), rules, 1)
+
+
+def test_units_that_a_cut_would_change_are_refused():
+    params = {
+        "embed": {"kernel": jnp.ones((5, 8))},
+        "head": {"kernel": jnp.ones((8, 3))},
+    }
+    found = agp.find_couplings(normalised, params, X)
+    with pytest.raises(ValueError, match="another one than one with zeros"):
+        agp.make_masks(params, [filters("embed/kernel")], 1, couplings=found)
+
+
+def test_couplings_of_other_parameters_are_refused():
+    with pytest.raises(ValueError, match="'down/kernel', which is no parameter.*subtr"):
+        params = {"embed": draw()["embed"]}
+        masks_at(params, [filters("embed/kernel")], 1)
+    params = draw()
+    params["up"]["kernel"] = jnp.ones((8, 13))
+    with pytest.raises(ValueError, match=r"up/kernel with shape \(8, 12\).*\(8, 13\)"):
+        masks_at(params, [filters("embed/kernel")], 1)
