@@ -9,7 +9,8 @@ twice and the weights can be had without the rest:
     training    step, optimizer state with masks, keys: what only resuming needs
 
 Any pytree will do: NamedTuples, `optax.MaskedNode()`, None, bool and bfloat16 arrays,
-PRNG keys. Work directories are local or mounted; object stores are not supported.
+PRNG keys. What is no array, such as a cut, is saved as JSON beside them. Work
+directories are local or mounted; object stores are not supported.
 """
 
 import contextlib
@@ -67,13 +68,14 @@ def save(
     items: Mapping[str, PyTree],
     *,
     score: float | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> None:
     """Starts saving `items` as `step` and returns as soon as they are copied.
 
     The state may be donated right after; files are written in the background, one
     save at a time, and a step appears only when it is complete. `score` (higher is
     better) enters the step for `best_step`; give it only at target sparsity. One that
-    is not finite counts as none.
+    is not finite counts as none. `values` are saved as JSON beside the items.
 
     Raises:
       CheckpointError: the save before this one failed, or this one at once.
@@ -98,7 +100,8 @@ def save(
         manager.save(
             step,
             args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                **{name: ocp.args.JsonSave(x) for name, x in (values or {}).items()},
             ),
             # Orbax logs a warning for a step without metrics, hence a score of None.
             metrics={"score": score},
@@ -184,6 +187,23 @@ def read_shapes(
     step = _existing_step(manager, step)
     with _explain_unreadable(manager, step):
         return _stored_shapes(manager, step, item)
+
+
+def read_value(
+    manager: ocp.CheckpointManager, name: str, *, step: int | None = None
+) -> Any:
+    """A value that was saved as JSON with a step (the latest); None if there is none.
+
+    Raises:
+      CheckpointError: there is no such step, or the value cannot be read.
+    """
+    wait(manager)
+    step = _existing_step(manager, step)
+    if not (_step_directory(manager, step) / name).exists():
+        return None
+    with _explain_unreadable(manager, step):
+        args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+        return manager.restore(step, args=args)[name]
 
 
 def restore_variables(

@@ -6,7 +6,7 @@ overrides its fields: `--config.prune.final_sparsity=0.95`.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import optax
@@ -93,6 +93,11 @@ class Prune:
       frequency: steps between events.
       power: exponent of the curve, 3 in arXiv:1710.01878.
       rules: see `agp.Rule`; the first that matches a parameter wins.
+      coupled: whether rules with filters, channels or heads prune whole units: every
+        slice that the model couples to theirs.
+      cut_step: the step after which these units are cut out and a smaller model trains
+        on, a multiple of `log_every` and not before the last event; 0 for never.
+      round_to: a cut leaves multiples of this many units.
     """
 
     enabled: bool = True
@@ -103,6 +108,9 @@ class Prune:
     frequency: int = 1
     power: float = 3.0
     rules: tuple[Rule, ...] = ()
+    coupled: bool = False
+    cut_step: int = 0
+    round_to: int = 1
 
 
 @dataclasses.dataclass
@@ -179,7 +187,33 @@ def validate(config: Config) -> None:
         lambda x: 0 <= x < config.steps,
         f"in [0, steps), and steps is {config.steps}",
     )
-    make_rules(config)
+    _require(config, "prune.round_to", lambda x: x > 0, "at least 1")
+    _check_cut_step(config, make_rules(config))
+
+
+def _check_cut_step(config: Config, rules: Sequence[Rule]) -> None:
+    cut_step = config.prune.cut_step
+    if not cut_step or not rules:
+        return
+    if not config.prune.coupled:
+        raise ConfigError(
+            "config.prune.cut_step cuts out what config.prune.coupled=True has pruned; "
+            "set that, too"
+        )
+    last = last_event(rules)
+    _require(
+        config,
+        "prune.cut_step",
+        lambda x: last <= x <= config.steps and x % config.log_every == 0,
+        f"0, or a multiple of log_every ({config.log_every}) from the last event (step "
+        f"{last}) to the last step ({config.steps})",
+    )
+
+
+def last_event(rules: Iterable[Rule]) -> int:
+    """The step from which on all rules are at their final sparsity."""
+    schedules = {rule.schedule for rule in rules if rule.schedule}
+    return max((int(s.events()[0][-1]) for s in schedules), default=0)
 
 
 def make_rules(config: Config) -> tuple[Rule, ...]:

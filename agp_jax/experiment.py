@@ -1,8 +1,9 @@
 """An experiment: a config made concrete, with its jitted steps."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from agp_jax import data
 from agp_jax.batches import Source
 from agp_jax.config import Config, ConfigError, make_optimizer, make_rules, validate
+from agp_jax.costs import Cost, measure_cost
+from agp_jax.couplings import Couplings, find_couplings
+from agp_jax.cuts import Cut, plan_cut
 from agp_jax.meshes import make_mesh, place
 from agp_jax.models import make_model
-from agp_jax.optimizer import prune
+from agp_jax.optimizer import get_masks, prune
+from agp_jax.replay import thin_function
 from agp_jax.rules import match_rules
+from agp_jax.thinning import thin, thin_opt_state
 from agp_jax.trees import PyTree
+from agp_jax.units import follows_couplings
 
 
 class State(NamedTuple):
@@ -38,17 +45,33 @@ class State(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """A config made concrete: what a run needs and what stays the same in it."""
+    """A config made concrete: what a run needs and what stays the same in it.
+
+    Attributes:
+      predict: gives logits from `variables` (params and batch_stats) and images.
+      forward: the same in training, and the next batch_stats.
+      tx: the optimizer, wrapped for pruning.
+      matched: the rule of each parameter, or None.
+      couplings: of the variables; None where units are not pruned as a whole.
+      shapes: of the state, with shardings.
+      original: the shapes of the variables before any cut.
+      cut: what has been taken out; None before.
+    """
 
     config: Config
     dataset: data.Dataset
     train_source: Source
     test_source: Source
     model: nn.Module
+    predict: Callable[[PyTree, jax.Array], jax.Array]
+    forward: Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]
     tx: optax.GradientTransformation
-    matched: PyTree  # the rule of each parameter, or None
-    shapes: State  # of `jax.ShapeDtypeStruct`, with shardings
+    matched: PyTree
+    couplings: Couplings | None
+    shapes: State
+    original: dict[str, PyTree]
     mesh: Mesh
+    cut: Cut | None = None
 
 
 def set_up(config: Config) -> Experiment:
@@ -66,12 +89,19 @@ def set_up(config: Config) -> Experiment:
         )
     dataset = data.DATASETS[config.data.name]
     model = make_model(config.model.name, dataset.num_classes, config.model.width)
+    predict, forward = _functions(model)
     rules = make_rules(config)
     tx = make_optimizer(config)
-    if rules:
-        tx = prune(tx, rules)
     mesh = make_mesh(config.devices.fsdp)
+    couplings = None
     try:
+        if rules and config.prune.coupled:
+            init = functools.partial(_init_variables, model, dataset)
+            variables = jax.eval_shape(init, jax.random.key(0))
+            couplings = find_couplings(predict, variables, _image(dataset))
+            tx = prune(tx, rules, couplings=couplings.subtree("params"))
+        elif rules:
+            tx = prune(tx, rules)
         shapes = jax.eval_shape(
             functools.partial(_init_state, model, tx, dataset), jax.random.key(0)
         )
@@ -85,20 +115,109 @@ def set_up(config: Config) -> Experiment:
         train_source=load("train"),
         test_source=load("test"),
         model=model,
+        predict=predict,
+        forward=forward,
         tx=tx,
         matched=matched,
+        couplings=couplings,
         shapes=place(shapes, mesh),
+        original=as_variables(shapes),
         mesh=mesh,
     )
 
 
+def _functions(model: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The model as it predicts and as it trains."""
+
+    def predict(variables: PyTree, images: jax.Array) -> jax.Array:
+        return cast(jax.Array, model.apply(variables, images, train=False))
+
+    def forward(variables: PyTree, images: jax.Array) -> tuple[jax.Array, PyTree]:
+        logits, changed = model.apply(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+        return logits, changed.get("batch_stats", {})
+
+    return predict, forward
+
+
+def plan_experiment_cut(experiment: Experiment, state: State) -> Cut:
+    """The cut of all units that the state's masks remove."""
+    assert experiment.couplings is not None
+    whole = NamedSharding(experiment.mesh, PartitionSpec())
+    masks = jax.jit(lambda masks: masks, out_shardings=whole)(
+        get_masks(state.opt_state)
+    )
+    return plan_cut(
+        {"params": masks},
+        experiment.couplings,
+        round_to=experiment.config.prune.round_to,
+    )
+
+
+def cut_experiment(experiment: Experiment, cut: Cut) -> Experiment:
+    """The experiment that goes on with what the cut leaves.
+
+    Rules whose units are cut have nothing left to do; others go on.
+    """
+    variables = as_variables(experiment.shapes)
+    thinned = jax.eval_shape(functools.partial(cut_state, cut=cut), experiment.shapes)
+    rules = [
+        dataclasses.replace(rule, structure=None, schedule=None)
+        if follows_couplings(rule)
+        else rule
+        for rule in make_rules(experiment.config)
+    ]
+    return experiment._replace(
+        predict=thin_function(experiment.predict, variables, cut),
+        forward=thin_function(experiment.forward, variables, cut),
+        tx=prune(make_optimizer(experiment.config), rules),
+        shapes=place(thinned, experiment.mesh),
+        cut=cut,
+    )
+
+
+def cut_state(state: State, cut: Cut) -> State:
+    """What a cut leaves of the whole state."""
+    params = cut.subtree("params")
+    return State(
+        step=state.step,
+        params=thin(state.params, params),
+        batch_stats=thin(as_variables(state), cut)["batch_stats"],
+        opt_state=thin_opt_state(state.opt_state, state.params, params),
+    )
+
+
+def cost_before(experiment: Experiment) -> Cost:
+    """What the whole model costs for one image."""
+    predict, _ = _functions(experiment.model)
+    return measure_cost(predict, experiment.original, _image(experiment.dataset))
+
+
+def cost_now(experiment: Experiment) -> Cost:
+    """What the model costs for one image, without what has been cut out."""
+    variables = as_variables(experiment.shapes)
+    image = _image(experiment.dataset)
+    return measure_cost(experiment.predict, variables, image)
+
+
+def as_variables(state: State) -> dict[str, PyTree]:
+    """What a model computes with."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def place_state(experiment: Experiment, make: Callable[..., State], *inputs: Any):
+    """`make(*inputs)`, a state of the experiment, made where it will live."""
+    shardings = _shardings(experiment)
+    return jax.jit(make, out_shardings=shardings)(*inputs)
+
+
 def init_state(experiment: Experiment) -> State:
-    """The state before the first step, made where it will live."""
+    """The state before the first step."""
     init = functools.partial(
         _init_state, experiment.model, experiment.tx, experiment.dataset
     )
-    key = jax.random.key(experiment.config.seed)
-    return jax.jit(init, out_shardings=_shardings(experiment))(key)
+    return place_state(experiment, init, jax.random.key(experiment.config.seed))
 
 
 def _init_state(
@@ -107,15 +226,25 @@ def _init_state(
     dataset: data.Dataset,
     key: jax.Array,
 ) -> State:
-    images = jnp.zeros((1, *dataset.image_shape))
-    variables = model.init(key, images, train=False)
-    params = variables["params"]
+    variables = _init_variables(model, dataset, key)
     return State(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=tx.init(params),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=tx.init(variables["params"]),
     )
+
+
+def _init_variables(
+    model: nn.Module, dataset: data.Dataset, key: jax.Array
+) -> dict[str, PyTree]:
+    variables = model.init(key, _image(dataset), train=False)
+    return {"batch_stats": {}, **variables}
+
+
+def _image(dataset: data.Dataset) -> jax.Array:
+    """A batch of one empty image."""
+    return jnp.zeros((1, *dataset.image_shape))
 
 
 def make_train_step(
@@ -125,16 +254,13 @@ def make_train_step(
 
     It gives the next state and the batch's mean loss and accuracy.
     """
-    model, tx, dataset = experiment.model, experiment.tx, experiment.dataset
+    forward, tx, dataset = experiment.forward, experiment.tx, experiment.dataset
 
     def train_step(state: State, batch: PyTree) -> tuple[State, PyTree]:
         def loss_fn(params: PyTree):
-            logits, changed = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                _normalised(batch["image"], dataset),
-                train=True,
-                mutable=["batch_stats"],
-            )
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            images = _normalised(batch["image"], dataset)
+            logits, batch_stats = forward(variables, images)
             losses = optax.softmax_cross_entropy_with_integer_labels(
                 logits, batch["label"]
             )
@@ -142,7 +268,7 @@ def make_train_step(
                 "loss": losses.mean(),
                 "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"]),
             }
-            return metrics["loss"], (changed.get("batch_stats", {}), metrics)
+            return metrics["loss"], (batch_stats, metrics)
 
         gradients, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(
             state.params
@@ -162,15 +288,12 @@ def make_eval_step(experiment: Experiment) -> Callable[..., jax.Array]:
 
     It gives how many of the batch's examples are classified correctly.
     """
-    model, dataset = experiment.model, experiment.dataset
+    predict, dataset = experiment.predict, experiment.dataset
 
     @jax.jit
     def eval_step(params: PyTree, batch_stats: PyTree, batch: PyTree) -> jax.Array:
-        logits: Any = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            _normalised(batch["image"], dataset),
-            train=False,
-        )
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits = predict(variables, _normalised(batch["image"], dataset))
         correct = jnp.argmax(logits, -1) == batch["label"]
         return jnp.sum(correct * batch["weight"])
 

@@ -1,10 +1,11 @@
 """Runs an experiment: trains, prunes, evaluates, saves and reports."""
 
 import dataclasses
+import functools
 import json
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,22 @@ from rich.console import Console
 
 from agp_jax import checkpoint, reports
 from agp_jax.batches import eval_batches, train_batches
-from agp_jax.config import Config, make_learning_rate, to_dict
+from agp_jax.config import Config, last_event, make_learning_rate, to_dict
+from agp_jax.costs import Cost
+from agp_jax.cuts import Cut
 from agp_jax.experiment import (
     Experiment,
     State,
+    as_variables,
+    cost_before,
+    cost_now,
+    cut_experiment,
+    cut_state,
     init_state,
     make_eval_step,
     make_train_step,
+    place_state,
+    plan_experiment_cut,
     set_up,
 )
 from agp_jax.masks import fingerprint
@@ -65,13 +75,13 @@ def run(
     check_same([_checksum(config)], "the processes were started with different configs")
     check_workdir(workdir, to_dict(config))
     with checkpoint.open_checkpoints(workdir) as manager:
-        state = _start_or_resume(experiment, manager)
+        experiment, state = _start_or_resume(experiment, manager)
         step = int(state.step)
         with failing_together():
             if jax.process_index() == 0:
                 reports.rewind_metrics(workdir, step)
         _announce(console, experiment, workdir, step)
-        state = _train(experiment, state, manager, workdir, console)
+        experiment, state = _train(experiment, state, manager, workdir, console)
         return _finish(experiment, state, manager, workdir, console)
 
 
@@ -81,17 +91,20 @@ def _checksum(config: Config) -> int:
     return zlib.crc32(json.dumps(values).encode())
 
 
-def _start_or_resume(experiment: Experiment, manager: Any) -> State:
+def _start_or_resume(experiment: Experiment, manager: Any) -> tuple[Experiment, State]:
     if checkpoint.latest_step(manager) is None:
-        return init_state(experiment)
+        return experiment, init_state(experiment)
+    cut = checkpoint.read_value(manager, "cut")
+    if cut is not None:
+        experiment = cut_experiment(experiment, Cut.from_dict(cut))
     _, items = checkpoint.restore(manager, as_items(experiment.shapes))
-    return State(**items["variables"], **items["training"])
+    return experiment, State(**items["variables"], **items["training"])
 
 
 def as_items(state: State) -> dict[str, PyTree]:
     """A state as it is saved: what a model needs, and what only training does."""
     return {
-        "variables": {"params": state.params, "batch_stats": state.batch_stats},
+        "variables": as_variables(state),
         "training": {"step": state.step, "opt_state": state.opt_state},
     }
 
@@ -102,11 +115,10 @@ def _train(
     manager: Any,
     workdir: Path,
     console: Console,
-) -> State:
+) -> tuple[Experiment, State]:
     config = experiment.config
     first_step = int(state.step)
-    train_step = make_train_step(experiment)
-    evaluate = _make_evaluate(experiment)
+    train_step, evaluate = make_train_step(experiment), _make_evaluate(experiment)
     learning_rate = make_learning_rate(config)
     batches = train_batches(
         experiment.train_source,
@@ -127,17 +139,17 @@ def _train(
             if step % config.log_every and step < config.steps:
                 show(step, "")
                 continue
-            means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(recent))
             seconds = time.perf_counter() - began
-            counts = reports.count_weights(state.params, experiment.matched, step)
+            before_cut = {}
+            if step == config.prune.cut_step and experiment.couplings:
+                before_cut["masked_test_accuracy"] = evaluate(state)
+                experiment, state = _cut_out(experiment, state, console)
+                train_step = make_train_step(experiment)
+                evaluate = _make_evaluate(experiment)
             record = {
-                "step": step,
-                "loss": means["loss"],
-                "train_accuracy": means["accuracy"],
+                **_measure(experiment, state, recent),
                 "test_accuracy": evaluate(state),
-                "sparsity_target": reports.total_target(counts),
-                "sparsity": reports.total_sparsity(counts),
-                "mask_fingerprint": _agreed_fingerprint(experiment, state),
+                **before_cut,
                 "learning_rate": float(np.asarray(learning_rate(step - 1))),
                 "examples_per_second": config.batch_size * len(recent) / seconds,
             }
@@ -145,11 +157,57 @@ def _train(
                 reports.append_metrics(workdir, record)
             show(step, _describe(record))
             if step % config.checkpoint_every == 0 or step == config.steps:
-                at_target = step >= _last_event(experiment)
+                at_target = step >= last_event(_list_rules(experiment))
                 score = record["test_accuracy"] if at_target else None
-                checkpoint.save(manager, step, as_items(state), score=score)
+                values = {"cut": experiment.cut.to_dict()} if experiment.cut else {}
+                checkpoint.save(
+                    manager, step, as_items(state), score=score, values=values
+                )
             recent, began = [], time.perf_counter()
-    return state
+    return experiment, state
+
+
+def _measure(
+    experiment: Experiment, state: State, recent: Sequence[PyTree]
+) -> dict[str, Any]:
+    """The means of recent metrics, and how sparse the state is."""
+    means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(recent))
+    counts = _count_weights(experiment, state)
+    return {
+        "step": int(state.step),
+        "loss": means["loss"],
+        "train_accuracy": means["accuracy"],
+        "sparsity_target": reports.total_target(counts),
+        "sparsity": reports.total_sparsity(counts),
+        "mask_fingerprint": _agreed_fingerprint(experiment, state),
+    }
+
+
+def _cut_out(
+    experiment: Experiment, state: State, console: Console
+) -> tuple[Experiment, State]:
+    """The experiment and its state without the units that are masked."""
+    cut = plan_experiment_cut(experiment, state)
+    smaller = cut_experiment(experiment, cut)
+    state = place_state(smaller, functools.partial(cut_state, cut=cut), state)
+    before, after = cost_before(smaller), cost_now(smaller)
+    console.print(
+        f"cut after step {int(state.step)}: {before.weight_params:,} -> "
+        f"{after.weight_params:,} convolution and dense weights, {before.macs:,} -> "
+        f"{after.macs:,} multiply-adds per image",
+        soft_wrap=True,
+    )
+    return smaller, state
+
+
+def _count_weights(experiment: Experiment, state: State) -> list[reports.TensorCount]:
+    return reports.count_weights(
+        state.params,
+        experiment.matched,
+        int(state.step),
+        original=experiment.original["params"],
+        coupled=experiment.couplings is not None,
+    )
 
 
 def _make_evaluate(experiment: Experiment) -> Callable[[State], float]:
@@ -201,12 +259,6 @@ def _list_rules(experiment: Experiment) -> list[Rule]:
     return jax.tree.leaves(experiment.matched)
 
 
-def _last_event(experiment: Experiment) -> int:
-    """The step from which on all rules are at their final sparsity."""
-    schedules = {rule.schedule for rule in _list_rules(experiment)}
-    return max((int(s.events()[0][-1]) for s in schedules if s), default=0)
-
-
 def _describe(record: dict[str, Any]) -> str:
     return (
         f"loss {record['loss']:.4f}  train {record['train_accuracy']:.2%}  "
@@ -249,9 +301,7 @@ def _finish(
     console: Console,
 ) -> dict | None:
     """Writes the summary and the picture, and prints the report."""
-    counts = reports.count_weights(
-        state.params, experiment.matched, experiment.config.steps
-    )
+    counts = _count_weights(experiment, state)
     best_step = checkpoint.best_step(manager)
     if jax.process_index() > 0:
         return None
@@ -267,9 +317,12 @@ def _finish(
         "nonzero": sum(c.nonzero for c in counts),
         "params": sum(c.weights for c in counts),
         "all_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        "cut": _describe_cut(experiment, records) if experiment.cut else None,
         "config": to_dict(experiment.config),
     }
     reports.print_table(console, counts)
+    if summary["cut"]:
+        console.print(reports.cut_table(summary["cut"]))
     written = [
         reports.write_summary(workdir, summary),
         reports.plot_metrics(workdir, records),
@@ -282,3 +335,38 @@ def _finish(
     )
     console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
     return summary
+
+
+def _describe_cut(
+    experiment: Experiment, records: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, float | None]]:
+    """What the model was before the cut and is after it.
+
+    The accuracies are those at the cut, and seconds are medians over the run.
+    """
+    cut_step = experiment.config.prune.cut_step
+    (at_cut,) = (r for r in records if r["step"] == cut_step)
+    batch_size = experiment.config.batch_size
+
+    def describe(cost: Cost, accuracy: float, part: list[float]) -> dict[str, Any]:
+        return {
+            "weights": cost.weight_params,
+            "params": cost.subtree("params").params,
+            "macs": cost.macs,
+            "test_accuracy": accuracy,
+            "seconds_per_step": batch_size / float(np.median(part)) if part else None,
+        }
+
+    speeds = [(r["step"], r["examples_per_second"]) for r in records]
+    return {
+        "before": describe(
+            cost_before(experiment),
+            at_cut["masked_test_accuracy"],
+            [speed for step, speed in speeds if step <= cut_step],
+        ),
+        "after": describe(
+            cost_now(experiment),
+            at_cut["test_accuracy"],
+            [speed for step, speed in speeds if step > cut_step],
+        ),
+    }

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from agp_jax.rules import Rule
 from agp_jax.trees import PyTree, flatten_with_paths
+from agp_jax.units import follows_couplings
 from agp_jax.workdirs import WorkdirError
 
 _METRICS = "metrics.jsonl"
@@ -30,15 +32,16 @@ _METRICS = "metrics.jsonl"
 class TensorCount(NamedTuple):
     """One convolution or dense kernel, and how much of it is left.
 
-    `target` is the sparsity its rule asks for, of it or, with the scope "rule", of all
-    tensors of the rule; None where no rule prunes it.
+    `shape` is that before any cut. `target` is the sparsity its rule asks for: of it,
+    of all tensors of the rule or of the units that it is part of, as `target_of` says;
+    None where no rule prunes it.
     """
 
     path: str
     shape: tuple[int, ...]
     nonzero: int
     target: float | None
-    scope: str
+    target_of: Literal["tensor", "rule", "units"]
 
     @property
     def weights(self) -> int:
@@ -49,7 +52,9 @@ class TensorCount(NamedTuple):
         return 1.0 - self.nonzero / self.weights
 
 
-def count_weights(params: PyTree, matched: PyTree, step: int) -> list[TensorCount]:
+def count_weights(
+    params: PyTree, matched: PyTree, step: int, *, original: PyTree, coupled: bool
+) -> list[TensorCount]:
     """Counts the non-zero weights of every kernel: of parameters with two or more axes.
 
     Biases and normalisation are left out, as they are in published pruning results.
@@ -58,22 +63,32 @@ def count_weights(params: PyTree, matched: PyTree, step: int) -> list[TensorCoun
       params: the parameters.
       matched: the rules by parameter, from `match_rules`.
       step: the number of updates done, which fixes the targets.
+      original: arrays or shapes of the parameters before anything was cut out; what
+        was counts as zero.
+      coupled: whether rules with filters, channels or heads prune units.
     """
     paths, leaves, treedef = flatten_with_paths(params)
     rules = treedef.flatten_up_to(matched)
+    whole = treedef.flatten_up_to(original)
     return [
         TensorCount(
             path,
-            leaf.shape,
+            before.shape,
             int(count),
             rule.schedule.sparsity_at(step) if rule else None,
-            rule.scope if rule else "tensor",
+            _target_of(rule, coupled),
         )
-        for path, leaf, rule, count in zip(
-            paths, leaves, rules, jax.device_get(_count_nonzero(leaves)), strict=True
+        for path, before, rule, count in zip(
+            paths, whole, rules, jax.device_get(_count_nonzero(leaves)), strict=True
         )
-        if leaf.ndim > 1
+        if before.ndim > 1
     ]
+
+
+def _target_of(rule: Rule | None, coupled: bool) -> Any:
+    if rule is None:
+        return "tensor"
+    return "units" if coupled and follows_couplings(rule) else rule.scope
 
 
 @jax.jit
@@ -86,8 +101,13 @@ def total_sparsity(counts: Sequence[TensorCount]) -> float:
     return 1.0 - sum(c.nonzero for c in counts) / sum(c.weights for c in counts)
 
 
-def total_target(counts: Sequence[TensorCount]) -> float:
-    """The fraction of all counted weights that the rules ask to remove."""
+def total_target(counts: Sequence[TensorCount]) -> float | None:
+    """The fraction of all counted weights that the rules ask to remove.
+
+    None where they count units, which may share weights.
+    """
+    if any(c.target_of == "units" for c in counts):
+        return None
     asked = sum((c.target or 0.0) * c.weights for c in counts)
     return asked / sum(c.weights for c in counts)
 
@@ -143,14 +163,16 @@ def plot_metrics(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     accuracy_axis = figure.subplots()
     sparsity_axis = accuracy_axis.twinx()
     steps = [r["step"] for r in records]
-    sparsity_axis.plot(
-        steps,
-        [100 * r["sparsity_target"] for r in records],
-        color="tab:orange",
-        linewidth=5,
-        alpha=0.3,
-        label="sparsity asked",
-    )
+    targets = [r["sparsity_target"] for r in records]
+    if None not in targets:
+        sparsity_axis.plot(
+            steps,
+            [100 * target for target in targets],
+            color="tab:orange",
+            linewidth=5,
+            alpha=0.3,
+            label="sparsity asked",
+        )
     sparsity_axis.plot(
         steps,
         [100 * r["sparsity"] for r in records],
@@ -186,23 +208,44 @@ def print_table(console: Console, counts: Sequence[TensorCount]) -> None:
             f"{count.sparsity:.2%}",
             _describe_target(count),
         )
+    target = total_target(counts)
     table.add_row(
         "total",
         "",
         f"{sum(c.weights for c in counts):,}",
         f"{sum(c.nonzero for c in counts):,}",
         f"{total_sparsity(counts):.2%}",
-        f"{total_target(counts):.2%}",
+        "" if target is None else f"{target:.2%}",
     )
     console.print()
     console.print(table)
     console.print()
 
 
+def cut_table(cut: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """A model before and after a cut, side by side."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for name in cut:
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, title, form in (
+        ("weights", "convolution and dense weights", "{:,}"),
+        ("params", "all parameters", "{:,}"),
+        ("macs", "multiply-adds per image", "{:,}"),
+        ("test_accuracy", "test accuracy at the cut", "{:.2%}"),
+        ("seconds_per_step", "seconds per step", "{:.4f}"),
+    ):
+        values = [part[key] for part in cut.values()]
+        cells = ["" if x is None else form.format(x) for x in values]
+        table.add_row(title, *cells)
+    return table
+
+
 def _describe_target(count: TensorCount) -> str:
     if count.target is None:
         return "dense"
-    return f"{count.target:.2%}" + (" of all" if count.scope == "rule" else "")
+    of = {"tensor": "", "rule": " of all", "units": " of units"}[count.target_of]
+    return f"{count.target:.2%}{of}"
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
-"""ResNet-20 on the digits, half of the filters inside its blocks masked.
+"""ResNet-20 on the digits, half of all its filters pruned, then cut out.
 
     python train.py --config=configs/digits_resnet20_filters.py
 
-Only the first convolution of each block is pruned: nothing outside the block sees its
-filters. They are masked; making the arrays smaller is not done yet.
-Measured with one seed: 99.3 % test accuracy (docs/results.md).
+AGP masks whole units: filters with all that the model couples to them, across residual
+connections. After step 550 they are cut out and the smaller network trains on. Measured
+over three seeds: 99.1 % test accuracy with 67,208 of 268,048 weights, dense 99.4 %
+(docs/results.md).
 """
 
 import agp_jax as agp
@@ -15,5 +16,10 @@ from configs import digits_resnet20_element_90
 def get_config() -> Config:
     config = digits_resnet20_element_90.get_config()
     config.prune.final_sparsity = 0.5
-    config.prune.rules = (agp.Rule("stage.*/conv1/kernel", agp.filters()),)
+    config.prune.rules = (
+        agp.Rule("head/kernel"),
+        agp.Rule(".*/kernel", agp.filters()),
+    )
+    config.prune.coupled = True
+    config.prune.cut_step = 550
     return config

@@ -9,7 +9,7 @@ import pytest
 
 import agp_jax as agp
 from agp_jax.experiment import init_state, make_train_step, set_up
-from agp_jax.structures import num_cells
+from agp_jax.structures import any_in_boxes, box_shape
 from agp_jax.trees import flatten_with_paths
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -40,10 +40,10 @@ def test_a_step_at_the_last_event_prunes_as_asked(file, digits_dir, cifar_dir):
     removed, cells = {}, {}
     for path, rule, mask, weights in pruned_tensors(experiment, state):
         assert not weights[~mask].any() and weights[mask].all(), path
-        cell_size = mask.size // num_cells(rule.structure, mask.shape)
+        alive = any_in_boxes(mask, box_shape(rule.structure, mask.shape))
         contest = rule if rule.scope == "rule" else path
-        removed[contest] = removed.get(contest, 0) + (~mask).sum() // cell_size
-        cells[contest] = cells.get(contest, 0) + mask.size // cell_size
+        removed[contest] = removed.get(contest, 0) + int((~alive).sum())
+        cells[contest] = cells.get(contest, 0) + alive.size
     level = config.prune.final_sparsity
     assert removed == {contest: int(level * n) for contest, n in cells.items()}
     assert removed

@@ -331,3 +331,78 @@ def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path):
         assert lines[0].startswith("error: ") and message in lines[0]
     assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
     assert not (tmp_path / "runs").exists()
+
+
+def cut_config(data_dir, **changes):
+    """Half of the hidden features of a perceptron 64-32-16-10, cut after step 20."""
+    config = tiny_config(data_dir, **changes)
+    config.prune.final_sparsity = 0.5
+    config.prune.rules = (
+        agp.Rule("head/kernel"),
+        agp.Rule(".*/kernel", agp.filters()),
+    )
+    config.prune.coupled = True
+    config.prune.cut_step = 20
+    return config
+
+
+def test_units_are_cut_out_and_a_smaller_model_trains_on(digits_dir, tmp_path):
+    summary = run_quietly(cut_config(digits_dir), tmp_path)
+    before, after = summary["cut"]["before"], summary["cut"]["after"]
+    assert before["weights"] == before["macs"] == 64 * 32 + 32 * 16 + 16 * 10
+    assert after["weights"] == after["macs"] == 64 * 16 + 16 * 8 + 8 * 10
+    assert after["params"] == after["weights"] + 16 + 8 + 10
+    assert after["test_accuracy"] == before["test_accuracy"]
+    assert summary["all_params"] == after["params"]
+    assert summary["params"] == before["weights"]
+    assert summary["nonzero"] == after["weights"]
+    records = reports.read_metrics(tmp_path)
+    assert [r["step"] for r in records] == list(range(5, 31, 5))
+    assert [r["step"] for r in records if "masked_test_accuracy" in r] == [20]
+    assert records[-1]["loss"] < records[3]["loss"]
+    variables = checkpoint.restore_variables(tmp_path, step="latest")
+    shapes = {x.shape for x in jax.tree.leaves(variables["params"])}
+    assert {(64, 16), (16, 8), (8, 10)} < shapes
+
+
+@pytest.mark.parametrize("stopped_at", [15, 25])
+def test_a_run_resumes_before_and_after_its_cut(digits_dir, tmp_path, stopped_at):
+    config = cut_config(digits_dir)
+    whole = run_quietly(config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        loop.run(config, tmp_path / "stopped", StopAt(stopped_at))
+    resumed = run_quietly(config, tmp_path / "stopped")
+    for directory in ("whole", "stopped"):
+        assert reports.read_metrics(tmp_path / directory)[-1]["step"] == 30
+    assert resumed["test_accuracy"] == whole["test_accuracy"]
+    variables = [
+        checkpoint.restore_variables(tmp_path / directory, step="latest")
+        for directory in ("whole", "stopped")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *variables)
+
+
+def test_a_divided_state_is_cut_where_it_lies(digits_dir, tmp_path):
+    config = cut_config(digits_dir, devices=Devices(fsdp=4))
+    assert run_quietly(config, tmp_path)["nonzero"] == 64 * 16 + 16 * 8 + 8 * 10
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(cut_step=10),
+            "or a multiple of log_every .5. from the last event .step",
+        ),
+        (dict(cut_step=22), "or a multiple of log_every"),
+        (dict(coupled=False), "config.prune.coupled=True"),
+        (dict(rules=(agp.Rule(".*/kernel", agp.filters()),)), "prunes head/kernel"),
+        (dict(round_to=0), "config.prune.round_to must be at least 1"),
+    ],
+)
+def test_a_cut_that_cannot_be_is_refused_first(digits_dir, tmp_path, changes, message):
+    config = cut_config(digits_dir)
+    for name, value in changes.items():
+        setattr(config.prune, name, value)
+    with pytest.raises(ConfigError, match=message):
+        run_quietly(config, tmp_path)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
-from test_loop import Stop, StopAt, state_on_disk, tiny_config
+from test_loop import Stop, StopAt, cut_config, state_on_disk, tiny_config
 
 import agp_jax as agp
 from agp_jax import checkpoint, loop, processes, reports, workdirs
@@ -146,6 +146,12 @@ def restore_and_train(address, directory, data_dir, stopped, workdir, fsdp):
         for shard in leaf.addressable_shards:
             np.testing.assert_array_equal(shard.data, expected[name][shard.index])
     loop.run(small_config(data_dir, int(fsdp)), workdir)
+
+
+def cut_together(address, directory, data_dir):
+    """A run whose state is divided over the devices of both processes, with a cut."""
+    processes.connect(*address)
+    loop.run(cut_config(data_dir, devices=Devices(fsdp=4)), directory / "run")
 
 
 def start_with_one_own_config(address, directory, *arguments):
@@ -332,3 +338,12 @@ def test_an_error_of_one_process_ends_the_others(digits_dir, tmp_path):
 
 def test_processes_find_out_what_sets_them_apart(digits_dir, tmp_path):
     finish_well(start(2, 2, disagree, tmp_path, digits_dir))
+
+
+def test_processes_cut_the_same_out_and_train_on(digits_dir, tmp_path):
+    started = start(2, 2, cut_together, tmp_path, digits_dir)
+    output, other = finish_well(started)
+    assert "cut after step 20: 2,720 -> 1,232 convolution and dense weights" in output
+    assert not other
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["nonzero"] == summary["cut"]["after"]["weights"] == 1232

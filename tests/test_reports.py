@@ -19,7 +19,8 @@ PARAMS = {
 
 def count(step):
     rules = [agp.Rule("conv/kernel", agp.element(), SCHEDULE, scope="rule")]
-    return reports.count_weights(PARAMS, agp.match_rules(rules, PARAMS), step)
+    matched = agp.match_rules(rules, PARAMS)
+    return reports.count_weights(PARAMS, matched, step, original=PARAMS, coupled=False)
 
 
 def test_kernels_are_counted_and_biases_are_not():
@@ -39,6 +40,19 @@ def test_kernels_are_counted_and_biases_are_not():
 def test_targets_follow_the_schedule():
     targets = [count(step)[0].target for step in (9, 10, 14, 15, 19, 20, 99)]
     np.testing.assert_allclose(targets, [0, 0, 0, 0.7, 0.7, 0.8, 0.8])
+
+
+def test_what_was_cut_out_counts_as_zero_and_units_have_no_total_target():
+    whole = {"conv": {"kernel": jnp.ones((1, 8)), "bias": jnp.ones(8)}}
+    whole["head"] = {"kernel": jnp.ones((6, 2))}
+    rules = [agp.Rule("conv/kernel", agp.filters(), SCHEDULE)]
+    conv, head = reports.count_weights(
+        PARAMS, agp.match_rules(rules, PARAMS), 20, original=whole, coupled=True
+    )
+    assert (conv.shape, conv.nonzero, conv.sparsity) == ((1, 8), 2, 0.75)
+    assert (head.weights, head.nonzero) == (12, 6)
+    assert conv.target == 0.8 and conv.target_of == "units"
+    assert reports.total_target([conv, head]) is None
 
 
 def test_the_table_has_a_line_per_tensor_and_the_totals():
