@@ -69,8 +69,8 @@ class ResNet:
         shapes["head/bias"] = (self.num_classes,)
         return shapes
 
-    def loss(self, params: dict[str, jax.Array], images: jax.Array, labels: jax.Array):
-        """The cross-entropy of `images` (batch, height, width, 3)."""
+    def logits(self, params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+        """(batch, classes) of `images` (batch, height, width, 3)."""
         conv = partial(_conv_norm, params)
         x = jax.nn.relu(conv("stem", images, 2))
         x = jax.lax.reduce_window(
@@ -83,8 +83,11 @@ class ResNet:
             if f"{block}/shortcut/kernel" in params:
                 x = conv(f"{block}/shortcut", x, strides)
             x = jax.nn.relu(x + y)
-        logits = x.mean((1, 2)) @ params["head/kernel"] + params["head/bias"][None]
-        return _cross_entropy(logits, labels)
+        return x.mean((1, 2)) @ params["head/kernel"] + params["head/bias"][None]
+
+    def loss(self, params: dict[str, jax.Array], images: jax.Array, labels: jax.Array):
+        """The cross-entropy of `images`."""
+        return _cross_entropy(self.logits(params, images), labels)
 
     def _blocks(self):
         """The path, width and strides of each block."""
@@ -123,7 +126,10 @@ class Gpt2:
 
 @dataclasses.dataclass(frozen=True)
 class Llama:
-    """A decoder like Llama's (arXiv:2307.09288) whose layers are stacked for a scan."""
+    """A decoder like Llama's (arXiv:2307.09288).
+
+    Its layers are stacked for a scan, or (`stacked=False`) each has its own arrays.
+    """
 
     layers: int = 32
     width: int = 4096
@@ -131,21 +137,31 @@ class Llama:
     kv_heads: int = 32
     hidden: int = 11008
     vocabulary: int = 32000
+    stacked: bool = True
 
     def shapes(self) -> Shapes:
-        layers, width, hidden = self.layers, self.width, self.hidden
+        width, hidden = self.width, self.hidden
         kv_width = width // self.heads * self.kv_heads
+        layer: Shapes = {
+            "norm1/scale": (width,),
+            "query/kernel": (width, width),
+            "key/kernel": (width, kv_width),
+            "value/kernel": (width, kv_width),
+            "out/kernel": (width, width),
+            "norm2/scale": (width,),
+            "gate/kernel": (width, hidden),
+            "up/kernel": (width, hidden),
+            "down/kernel": (hidden, width),
+        }
+        if self.stacked:
+            layers = {f"layers/{k}": (self.layers, *x) for k, x in layer.items()}
+        else:
+            layers = {
+                f"layer{i}/{k}": x for i in range(self.layers) for k, x in layer.items()
+            }
         return {
             "embed/embedding": (self.vocabulary, width),
-            "layers/norm1/scale": (layers, width),
-            "layers/query/kernel": (layers, width, width),
-            "layers/key/kernel": (layers, width, kv_width),
-            "layers/value/kernel": (layers, width, kv_width),
-            "layers/out/kernel": (layers, width, width),
-            "layers/norm2/scale": (layers, width),
-            "layers/gate/kernel": (layers, width, hidden),
-            "layers/up/kernel": (layers, width, hidden),
-            "layers/down/kernel": (layers, hidden, width),
+            **layers,
             "norm/scale": (width,),
             "unembed/kernel": (width, self.vocabulary),
         }
@@ -176,13 +192,12 @@ class Llama:
         def run_layer(x: jax.Array, layer: dict[str, jax.Array]):
             return place(self._layer(place(x), layer)), None
 
-        stacked = {
-            path.removeprefix("layers/"): x
-            for path, x in params.items()
-            if path.startswith("layers/")
-        }
         x = params["embed/embedding"][tokens[:, :-1]]
-        x, _ = jax.lax.scan(jax.checkpoint(run_layer), x, stacked)
+        if self.stacked:
+            x, _ = jax.lax.scan(jax.checkpoint(run_layer), x, _part(params, "layers/"))
+        else:
+            for i in range(self.layers):
+                x, _ = run_layer(x, _part(params, f"layer{i}/"))
         x = _rms_norm(x, params["norm/scale"])
         return _cross_entropy(x @ params["unembed/kernel"], tokens[:, 1:])
 
@@ -209,7 +224,12 @@ class Llama:
 RESNET50 = ResNet()
 GPT2_SMALL = Gpt2()
 LLAMA_7B = Llama()
+QWEN3_8B = Llama(36, 4096, 32, 8, 12288, 151936, stacked=False)
 LLAMA_70B = Llama(layers=80, width=8192, heads=64, kv_heads=8, hidden=28672)
+
+
+def _part(params: dict[str, jax.Array], start: str) -> dict[str, jax.Array]:
+    return {k.removeprefix(start): x for k, x in params.items() if k.startswith(start)}
 
 
 def _conv_norm(

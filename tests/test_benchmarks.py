@@ -55,6 +55,23 @@ BENCHMARKS = {
             "by_number": {"tensors": int, "kinds": dict},
         },
     ),
+    "thinned_inference": (
+        ["--rounds=1"],
+        {
+            "inference": {
+                "network": str,
+                "of_dense": NUMBERS,
+                "MACs_of_dense": NUMBERS,
+                "parameters_of_dense": NUMBERS,
+            },
+            "thinning": {
+                "groups": int,
+                "find_couplings_s": NUMBERS,
+                "cut_s": NUMBERS,
+                "first_trace_s": NUMBERS,
+            },
+        },
+    ),
     "abstract_scale": (
         [],
         {
