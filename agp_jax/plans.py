@@ -35,14 +35,15 @@ class Plan:
       cut: of its variables.
       gone: bool (layers, atoms): which atoms are removed. One row where no layers
         differ.
-      kept: what stays along each axis, by the identity of its atoms.
+      kept: what stays along each axis, by the identity of its atoms, which stand beside
+        it so that no other array takes their identity.
       rules: the derivative rules met so far, as programs.
     """
 
     analysis: Analysis
     cut: Cut
     gone: np.ndarray
-    kept: dict[int, Kept] = dataclasses.field(default_factory=dict)
+    kept: dict[int, tuple[np.ndarray, Kept]] = dataclasses.field(default_factory=dict)
     rules: dict[Equation, tuple[Program, ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -146,23 +147,27 @@ def _check_sizes(plan: Plan, program: Program) -> None:
 
 
 def kept_along(plan: Plan, axis: Axis) -> Kept:
+    """What stays along an axis."""
     key = id(axis.atoms)
     if key not in plan.kept:
-        factors = plan.flow.atoms.factors(axis.atoms)
-        gone = np.asarray(plan.gone[:, factors].any(axis=-1))
-        if not gone.any():
-            plan.kept[key] = None
-        elif (gone == gone[0]).all():
-            plan.kept[key] = np.flatnonzero(~gone[0])
-        else:
-            counts = (~gone).sum(axis=1)
-            if (counts != counts[0]).any():
-                raise ValueError(
-                    f"the cut leaves {counts.tolist()} indices of one axis in stacked "
-                    f"layers; all layers must keep equally many"
-                )
-            plan.kept[key] = np.nonzero(~gone)[1].reshape(len(gone), -1)
-    return plan.kept[key]
+        plan.kept[key] = (axis.atoms, _find_kept(plan, axis))
+    return plan.kept[key][1]
+
+
+def _find_kept(plan: Plan, axis: Axis) -> Kept:
+    factors = plan.flow.atoms.factors(axis.atoms)
+    gone = np.asarray(plan.gone[:, factors].any(axis=-1))
+    if not gone.any():
+        return None
+    if (gone == gone[0]).all():
+        return np.flatnonzero(~gone[0])
+    counts = (~gone).sum(axis=1)
+    if (counts != counts[0]).any():
+        raise ValueError(
+            f"the cut leaves {counts.tolist()} indices of one axis in stacked layers; "
+            f"all layers must keep equally many"
+        )
+    return np.nonzero(~gone)[1].reshape(len(gone), -1)
 
 
 def kept_axes(plan: Plan, variable: Variable) -> list[Kept]:
