@@ -13,9 +13,9 @@ from agp_jax.labels import Axis, Flow, Value, all_zeros, any_zeros, continued
 
 # A zero in gives a zero out.
 _KEEP_ZERO = set(
-    "abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p erf "
+    "abs asin asinh atan atanh cbrt ceil conj convert_element_type copy erf "
     "erf_inv expm1 floor imag integer_pow log1p name neg real reduce_precision round "
-    "sharding_constraint sign sin sinh sqrt square tan tanh pvary pcast "
+    "reshard sharding_constraint sign sin sinh sqrt square tan tanh pvary "
     "psum_invariant stop_gradient".split()
 )
 # Zero if any operand is, or if all are.
@@ -24,12 +24,14 @@ _ALL_ZERO = {"add", "add_any", "sub", "max", "min", "or", "xor", "select_n", "cl
 # Zero or not, it is not known here.
 _OTHER = set(
     "acos acosh atan2 bessel_i0e bessel_i1e bitcast_convert_type clz complex cos cosh "
-    "digamma div eq eq_to erfc exp exp2 ge gt is_finite le le_to lgamma log logistic "
-    "lt lt_to ne nextafter not polygamma population_count pow rem rsqrt "
-    "shift_left shift_right_arithmetic shift_right_logical".split()
+    "digamma div eq eq_to erfc exp exp2 ge gt is_finite le le_to lgamma log log2 "
+    "logistic lt lt_to ne nextafter not one_minus_square polygamma population_count "
+    "pow rem rsqrt shift_left shift_right_arithmetic shift_right_logical".split()
 )
 # Infinite, or without a finite derivative, at zero; of div and rem the divisor.
-_SINGULAR = set("acosh atan2 cbrt digamma div lgamma log pow rem rsqrt sqrt".split())
+_SINGULAR = set(
+    "acosh atan2 cbrt digamma div lgamma log log2 pow rem rsqrt sqrt".split()
+)
 
 ELEMENTWISE = _KEEP_ZERO | _ANY_ZERO | _ALL_ZERO | _OTHER
 

@@ -124,6 +124,13 @@ def _split(flow, equation, ins):
     ]
 
 
+def _unstack(flow, equation, ins):
+    along = equation.params["axis"]
+    flow.freeze(ins[0].axes[along])
+    rest = [axis for i, axis in enumerate(ins[0].axes) if i != along]
+    return [rest for _ in equation.outputs]
+
+
 def _part(axis: Axis, indices: slice | np.ndarray) -> Axis:
     atoms = axis.atoms[indices]
     if len(atoms) == axis.size and isinstance(indices, slice):
@@ -259,7 +266,7 @@ def _scatter(flow, equation, ins):
         flow.unify(updates[place], axis)
         if k in numbers.scatter_indices_batching_dims:
             continue
-        if equation.name in ("scatter-add", "scatter_add"):
+        if equation.name in ("scatter-add", "scatter-sub"):
             flow.sums_over(updates[place], updates[place].zeros)
         else:
             flow.changes(updates[place])
@@ -317,14 +324,15 @@ MOVES: dict[str, Rule] = {
     "stack": _stack,
     "slice": _slice,
     "split": _split,
+    "unstack": _unstack,
     "pad": _pad,
     "gather": _gather,
     "scatter": _scatter,
     "scatter-add": _scatter,
-    "scatter_add": _scatter,
-    "scatter_mul": _scatter,
-    "scatter_min": _scatter,
-    "scatter_max": _scatter,
+    "scatter-sub": _scatter,
+    "scatter-mul": _scatter,
+    "scatter-min": _scatter,
+    "scatter-max": _scatter,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
 }

@@ -68,7 +68,7 @@ def _elementwise(flow, equation, ins):
     return elementwise(flow, equation, ins)
 
 
-def _barrier(flow, equation, ins):
+def _same(flow, equation, ins):
     return [list(value.axes) for value in ins]
 
 
@@ -146,7 +146,8 @@ _RULES: dict[str, Rule] = {
     **MOVES,
     **SUMS,
     **dict.fromkeys(ELEMENTWISE, _elementwise),
-    "optimization_barrier": _barrier,
+    "optimization_barrier": _same,
+    "device_put": _same,
     "iota": _source,
     "random_bits": _source,
 }
