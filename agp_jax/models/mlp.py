@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
+from agp_jax.models.layers import Dense
+
 
 class Mlp(nn.Module):
     """Classifies flattened images with fully connected layers.
@@ -23,5 +25,5 @@ class Mlp(nn.Module):
         del train  # the same in training and evaluation
         x = images.reshape(images.shape[0], -1)
         for i, width in enumerate(self.hidden):
-            x = nn.relu(nn.Dense(width, name=f"hidden{i}")(x))
-        return nn.Dense(self.num_classes, name="head")(x)
+            x = nn.relu(Dense(width, name=f"hidden{i}")(x))
+        return Dense(self.num_classes, name="head")(x)

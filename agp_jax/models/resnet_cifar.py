@@ -6,17 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-_Conv = partial(
-    nn.Conv,
-    use_bias=False,
-    padding="SAME",
-    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-)
-_Norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+from agp_jax.models.layers import Conv, Dense, Norm
 
 
 class CifarResNet(nn.Module):
     """Classifies images with 6n + 2 layers, ResNet-20 by default.
+
+    With shortcuts "pad" it cannot run variables that lack channels of the residual
+    stream, as shapes do not tell where the zeros go; `agp_jax.thin_function` can.
 
     Attributes:
       num_classes: how many classes there are.
@@ -38,8 +35,8 @@ class CifarResNet(nn.Module):
         blocks, rest = divmod(self.depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth must be 6n + 2, such as 20, got {self.depth}")
-        x = _Conv(self.width, (3, 3), name="conv")(images)
-        x = nn.relu(_Norm(use_running_average=not train, name="norm")(x))
+        x = Conv(self.width, (3, 3), name="conv")(images)
+        x = nn.relu(Norm(use_running_average=not train, name="norm")(x))
         for stage in range(3):
             x = _Stage(
                 self.width * 2**stage,
@@ -48,7 +45,7 @@ class CifarResNet(nn.Module):
                 shortcut=self.shortcut,
                 name=f"stage{stage + 1}",
             )(x, train)
-        return nn.Dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
+        return Dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
 
 
 class _Stage(nn.Module):
@@ -73,15 +70,14 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = partial(_Norm, use_running_average=not train)
-        strides = (self.strides, self.strides)
-        y = _Conv(self.width, (3, 3), strides, name="conv1")(x)
+        norm = partial(Norm, use_running_average=not train)
+        y = Conv(self.width, (3, 3), self.strides, name="conv1")(x)
         y = nn.relu(norm(name="norm1")(y))
-        y = _Conv(self.width, (3, 3), name="conv2")(y)
+        y = Conv(self.width, (3, 3), name="conv2")(y)
         y = norm(name="norm2")(y)
-        if x.shape != y.shape:
+        if self.strides > 1:  # as the block was made: a cut may change widths
             if self.shortcut == "conv":
-                x = _Conv(self.width, (1, 1), strides, name="shortcut_conv")(x)
+                x = Conv(self.width, (1, 1), self.strides, name="shortcut_conv")(x)
                 x = norm(name="shortcut_norm")(x)
             else:
                 x = _pad_shortcut(x, self.strides, self.width)
