@@ -1,20 +1,30 @@
 """Models whose published pruning results this library reproduces, in Flax linen.
 
 A model is called with images (batch, height, width, channels) and `train=`, and gives
-logits (batch, classes).
+logits (batch, classes). It is as wide as its stored variables, thinned ones included.
 """
 
 from collections.abc import Callable
 
 from flax import linen as nn
 
+from agp_jax.models.alexnet import AlexNet
 from agp_jax.models.mlp import Mlp
+from agp_jax.models.mobilenet import MobileNet
+from agp_jax.models.resnet import resnet18, resnet50, resnext101
 from agp_jax.models.resnet_cifar import CifarResNet
+from agp_jax.models.vit import VisionTransformer
 
 # name: (how it is made from the number of classes and a width, its published width)
 MODELS: dict[str, tuple[Callable[[int, int], nn.Module], int]] = {
     "mlp": (lambda classes, width: Mlp(classes, (width, width // 2)), 128),
     "resnet20": (lambda classes, width: CifarResNet(classes, 20, width), 16),
+    "alexnet": (AlexNet, 64),
+    "mobilenet": (MobileNet, 32),
+    "resnet18": (resnet18, 64),
+    "resnet50": (resnet50, 64),
+    "resnext101": (resnext101, 64),
+    "vit_b16": (VisionTransformer, 768),
 }
 
 
