@@ -93,7 +93,7 @@ def _add_bias(layer: nn.Module, x: jax.Array, shape: tuple[int, ...]) -> jax.Arr
 def _stored_or_new(
     layer: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]
 ) -> jax.Array:
-    """A parameter in whatever shape it is stored; if there is none, in `shape`."""
+    """A parameter as it is stored, or a new one of the given shape."""
     if layer.has_variable("params", name):
         shape = layer.get_variable("params", name).shape
     return layer.param(name, init, shape)

@@ -10,8 +10,7 @@ from agp_jax.models.layers import Conv, Dense
 class VisionTransformer(nn.Module):
     """Classifies images as sequences of patches, ViT-B/16 by default.
 
-    A cut may take heads, their features, or features of an MLP, and also differ from
-    layer to layer.
+    A cut may take heads, their features and features of the MLPs, in each layer others.
 
     Attributes:
       num_classes: how many classes there are.
