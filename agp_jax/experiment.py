@@ -49,7 +49,7 @@ class Experiment(NamedTuple):
 
     Attributes:
       predict: gives logits from `variables` (params and batch_stats) and images.
-      forward: the same in training, and the next batch_stats.
+      forward: the same in training, with a key for dropout, and the next batch_stats.
       tx: the optimizer, wrapped for pruning.
       matched: the rule of each parameter, or None.
       couplings: of the variables; None where units are not pruned as a whole.
@@ -64,7 +64,7 @@ class Experiment(NamedTuple):
     test_source: Source
     model: nn.Module
     predict: Callable[[PyTree, jax.Array], jax.Array]
-    forward: Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]
+    forward: Callable[[PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
     tx: optax.GradientTransformation
     matched: PyTree
     couplings: Couplings | None
@@ -132,9 +132,15 @@ def _functions(model: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]
     def predict(variables: PyTree, images: jax.Array) -> jax.Array:
         return cast(jax.Array, model.apply(variables, images, train=False))
 
-    def forward(variables: PyTree, images: jax.Array) -> tuple[jax.Array, PyTree]:
+    def forward(
+        variables: PyTree, images: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
         logits, changed = model.apply(
-            variables, images, train=True, mutable=["batch_stats"]
+            variables,
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
         )
         return logits, changed.get("batch_stats", {})
 
@@ -257,10 +263,13 @@ def make_train_step(
     forward, tx, dataset = experiment.forward, experiment.tx, experiment.dataset
 
     def train_step(state: State, batch: PyTree) -> tuple[State, PyTree]:
+        seed = jax.random.key(experiment.config.seed)
+        key = jax.random.fold_in(seed, state.step)
+
         def loss_fn(params: PyTree):
             variables = {"params": params, "batch_stats": state.batch_stats}
             images = _normalised(batch["image"], dataset)
-            logits, batch_stats = forward(variables, images)
+            logits, batch_stats = forward(variables, images, key)
             losses = optax.softmax_cross_entropy_with_integer_labels(
                 logits, batch["label"]
             )
