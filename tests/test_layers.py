@@ -42,6 +42,8 @@ CORE = [
 ]
 APPLICATION = [
     "models",
+    "crops",
+    "sources",
     "batches",
     "data",
     "config",
