@@ -4,27 +4,18 @@ A training batch is a function of the seed and the step, so a resumed run needs 
 iterator state and sees the batches that the uninterrupted one would have seen.
 """
 
-import dataclasses
 import functools
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
+from PIL import Image
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-    """One split in memory; an index, a slice or an array of indices gives examples."""
-
-    images: np.ndarray  # uint8 (num_examples, height, width, channels)
-    labels: np.ndarray  # int32 (num_examples,)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index) -> dict[str, np.ndarray]:
-        return {"image": self.images[index], "label": self.labels[index]}
+from agp_jax.crops import DRAWS_PER_CROP, centre_crop, random_resized_crop
+from agp_jax.sources import AnySource, EncodedSource, Source
 
 
 def _shift(images: np.ndarray, draws: np.ndarray, *, pad: int = 1) -> np.ndarray:
@@ -47,18 +38,46 @@ def _crop_flip(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
     return moved
 
 
+def _resized_crop_flip(
+    images: Iterable[Image.Image], draws: np.ndarray, size: int = 224
+) -> np.ndarray:
+    """Random parts of whole images at one size, half of them mirrored."""
+    pairs = zip(images, draws, strict=True)
+    return np.stack([random_resized_crop(image, draw, size) for image, draw in pairs])
+
+
+def _centre_crops(images: Iterable[Image.Image], size: int) -> np.ndarray:
+    return np.stack([centre_crop(image, size) for image in images])
+
+
 # Functions of uint8 images (batch, height, width, channels) and of uniform numbers in
 # [0, 1) (batch, 3) that decide for each image. They take batches because grain's calls
-# for each example cost many times the work that is done in them.
-AUGMENTATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+# for each example cost many times the work that is done in them. "resized_crop_flip"
+# takes whole images instead, one after the other, and DRAWS_PER_CROP numbers for each.
+AUGMENTATIONS: dict[str, Callable[[Any, np.ndarray], np.ndarray]] = {
     "none": lambda images, draws: images,
     "shift": _shift,
     "crop_flip": _crop_flip,
+    "resized_crop_flip": _resized_crop_flip,
 }
 
 
+def check_augment(augment: str, source: AnySource) -> None:
+    """Raises a `ValueError` where a source's images cannot be varied so."""
+    if augment not in AUGMENTATIONS:
+        raise ValueError(f"no augmentation {augment!r} in {list(AUGMENTATIONS)}")
+    images, possible = "whole images of any size", ["none", "resized_crop_flip"]
+    if isinstance(source, Source):
+        images = "images of one size"
+        possible = [name for name in AUGMENTATIONS if name != "resized_crop_flip"]
+    if augment not in possible:
+        raise ValueError(
+            f"augmentation {augment!r} is not for {images}; choose one of {possible}"
+        )
+
+
 def train_batches(
-    source: Source,
+    source: AnySource,
     *,
     batch_size: int,
     seed: int,
@@ -66,6 +85,7 @@ def train_batches(
     augment: str = "none",
     process_index: int = 0,
     process_count: int = 1,
+    num_threads: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches; the i-th is that of training step `start_step + i`.
 
@@ -75,8 +95,11 @@ def train_batches(
     process has a contiguous part of the batch, and of the augmentation, that one alone
     would have.
 
-    One grain thread per iterator works two batches ahead, which leaves the other cores
-    to XLA; it ends with the iterator, or at its `close()`.
+    Without augmentation, images of any size are as in evaluation.
+
+    Threads of grain work ahead, each on a batch of its own; they end with the iterator,
+    or at its `close()`. By default there is one for images in memory, which leaves the
+    other cores to XLA, and one per core for images that must be decoded.
 
     >>> source = Source(np.zeros((6, 2, 2, 1), np.uint8), np.arange(6, dtype=np.int32))
     >>> batches = train_batches(source, batch_size=3, seed=0)
@@ -84,8 +107,7 @@ def train_batches(
     [0, 1, 2, 3, 4, 5]
     """
     _check_batching(source, batch_size, process_index, process_count)
-    if augment not in AUGMENTATIONS:
-        raise ValueError(f"no augmentation {augment!r} in {list(AUGMENTATIONS)}")
+    check_augment(augment, source)
     if start_step < 0 or not 0 <= seed < 2**32:
         raise ValueError(
             f"start_step must be at least 0 and seed in 0..2**32-1, "
@@ -94,6 +116,7 @@ def train_batches(
     size = len(source)
     local_batch = batch_size // process_count
     mine = slice(process_index * local_batch, (process_index + 1) * local_batch)
+    num_draws = 3 if isinstance(source, Source) else DRAWS_PER_CROP
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
@@ -104,26 +127,41 @@ def train_batches(
         num_epochs = -(-(start + batch_size) // size)
         orders = np.concatenate([order(epoch + i) for i in range(num_epochs)])
         batch = source[orders[start : start + batch_size][mine]]
-        draws = rng.random((batch_size, 3))  # for the whole batch, on every process
-        return batch | {"image": AUGMENTATIONS[augment](batch["image"], draws[mine])}
+        draws = rng.random((batch_size, num_draws))  # the whole batch's, everywhere
+        images = _vary(source, augment, batch["image"], draws[mine])
+        return batch | {"image": images}
 
     # grain numbers the steps, seeds `rng` by them and reads ahead. Its own shuffle and
     # batch go example by example, and the shuffle is the slower the smaller the data:
     # they took fifty times as long for a batch of digits.
     steps = grain.MapDataset.range(sys.maxsize).seed(seed)
     batches = steps.random_map(make_batch).slice(slice(start_step, None))
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(batches.to_iter_dataset(reading))
+    return _read_ahead(batches, num_threads or _default_threads(source) or 1)
+
+
+def _vary(source: AnySource, augment: str, images: Any, draws: np.ndarray) -> Any:
+    """The images of a training batch."""
+    if isinstance(source, Source):
+        return AUGMENTATIONS[augment](images, draws)
+    if augment == "none":
+        return _centre_crops(images, source.image_size)
+    return _resized_crop_flip(images, draws, source.image_size)
 
 
 def eval_batches(
-    source: Source, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    source: AnySource,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order, in batches of one shape.
 
     A batch is one of `train_batches` with a `"weight"`, float32 (local_batch,): 1 for
     an example, 0 for the copies of the last one that fill the last batch. A batch is
     divided among the processes in contiguous parts, so all yield as many batches.
+    Threads decode ahead as in `train_batches`; images in memory need none by default.
 
     >>> source = Source(np.zeros((3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32))
     >>> [batch["weight"].tolist() for batch in eval_batches(source, batch_size=2)]
@@ -136,9 +174,25 @@ def eval_batches(
     def make_batch(start: int) -> dict[str, np.ndarray]:
         indices = start + mine
         weight = (indices < len(source)).astype(np.float32)
-        return source[np.minimum(indices, len(source) - 1)] | {"weight": weight}
+        batch = source[np.minimum(indices, len(source) - 1)]
+        if isinstance(source, EncodedSource):
+            batch["image"] = _centre_crops(batch["image"], source.image_size)
+        return batch | {"weight": weight}
 
-    return map(make_batch, range(0, len(source), batch_size))
+    starts = grain.MapDataset.range(0, len(source), batch_size)
+    return _read_ahead(starts.map(make_batch), num_threads or _default_threads(source))
+
+
+def _default_threads(source: AnySource) -> int:
+    return os.cpu_count() or 1 if isinstance(source, EncodedSource) else 0
+
+
+def _read_ahead(batches: grain.MapDataset, num_threads: int) -> Iterator[Any]:
+    """Iterates over batches that so many threads make; none makes them when asked."""
+    reading = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=num_threads + 1
+    )
+    return iter(batches.to_iter_dataset(reading))
 
 
 def _check_batching(source, batch_size, process_index, process_count) -> None:

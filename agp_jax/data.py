@@ -23,11 +23,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from agp_jax.batches import Source
-
-
-class DataError(ValueError):
-    """Data is missing or wrong; the message says what, where and how to mend it."""
+from agp_jax.sources import DataError as DataError
+from agp_jax.sources import Source, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +137,9 @@ def _open(dataset: Dataset, path: pathlib.Path) -> tfds.core.DatasetBuilder:
 def _damaged(dataset: Dataset, path: pathlib.Path, problem: object) -> DataError:
     return DataError(
         f"{path} cannot be read as {dataset.name} {dataset.version} "
-        f"({_one_line(problem)}); move it away, then "
+        f"({one_line(problem)}); move it away, then "
         f"{_remedy(dataset, path.parents[1])}"
     )
-
-
-def _one_line(problem: object) -> str:
-    return " ".join(str(problem).split())[:300]
 
 
 def _remedy(dataset: Dataset, data_dir: str | pathlib.Path) -> str:
@@ -319,7 +312,7 @@ def _read_archive(archive: str) -> dict[str, bytes]:
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"{archive} is damaged, truncated or no tar archive "
-            f"({_one_line(error)}); download it again"
+            f"({one_line(error)}); download it again"
         ) from error
     return files
 
