@@ -13,7 +13,6 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agp_jax import data
-from agp_jax.batches import Source
 from agp_jax.config import Config, ConfigError, make_optimizer, make_rules, validate
 from agp_jax.costs import Cost, measure_cost
 from agp_jax.couplings import Couplings, find_couplings
@@ -23,6 +22,7 @@ from agp_jax.models import make_model
 from agp_jax.optimizer import get_masks, prune
 from agp_jax.replay import thin_function
 from agp_jax.rules import match_rules
+from agp_jax.sources import AnySource
 from agp_jax.thinning import thin, thin_opt_state
 from agp_jax.trees import PyTree
 from agp_jax.units import follows_couplings
@@ -60,8 +60,8 @@ class Experiment(NamedTuple):
 
     config: Config
     dataset: data.Dataset
-    train_source: Source
-    test_source: Source
+    train_source: AnySource
+    test_source: AnySource
     model: nn.Module
     predict: Callable[[PyTree, jax.Array], jax.Array]
     forward: Callable[[PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]

@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from cifar_archives import cifar_contents, write_archive  # noqa: E402
+from imagenet_archives import archive_contents, write_archives  # noqa: E402
 
 from agp_jax import data  # noqa: E402
 
@@ -40,3 +41,17 @@ def cifar_dir(tmp_path_factory):
     write_archive(directory / "cifar.tar.gz", cifar_contents())
     data.prepare("cifar10", data_dir=str(directory), source=directory / "cifar.tar.gz")
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def imagenet_tars(tmp_path_factory):
+    """A few images in ImageNet's true format."""
+    return write_archives(tmp_path_factory.mktemp("tars"), archive_contents())
+
+
+@pytest.fixture(scope="session")
+def imagenet_dir(imagenet_tars, tmp_path_factory):
+    """These images, prepared as the real ones are."""
+    directory = str(tmp_path_factory.mktemp("imagenet"))
+    data.prepare("imagenet2012", data_dir=directory, source=str(imagenet_tars))
+    return directory

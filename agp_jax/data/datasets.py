@@ -16,6 +16,8 @@ class Dataset:
     mean: tuple[float, ...]  # per channel, of pixels in 0..1
     std: tuple[float, ...]
     source: str = ""  # what it is prepared from, as in a command
+    test_split: str = "test"  # its name in the prepared data
+    whole_images: bool = False  # of any size, of which image_shape is a crop
 
 
 DATASETS: dict[str, Dataset] = {
@@ -39,5 +41,18 @@ DATASETS: dict[str, Dataset] = {
         mean=(0.5, 0.5, 0.5),  # as in the published runs, not the pixels' own
         std=(0.5, 0.5, 0.5),
         source="cifar-10-binary.tar.gz",
+    ),
+    "imagenet2012": Dataset(
+        name="imagenet2012",
+        version="5.1.0",
+        num_classes=1000,
+        image_shape=(224, 224, 3),
+        train_size=1_281_167,
+        test_size=50_000,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        source="DIRECTORY_OF_THE_TARS",
+        test_split="validation",  # the labels of the test images are not public
+        whole_images=True,
     ),
 }

@@ -24,11 +24,13 @@ def open_directory(dataset: Dataset, path: pathlib.Path) -> tfds.core.DatasetBui
     try:
         builder = tfds.builder_from_directory(path)
         info, features = builder.info, builder.info.features
-        found = features["image"].shape, features["label"].num_classes, {*info.splits}
+        found = features["image"].shape, features["label"].num_classes, [*info.splits]
         formats = info.available_file_formats()
     except Exception as error:  # whatever tfds, json or protobuf make of it
         raise damaged(dataset, path, error) from error
-    if found != (dataset.image_shape, dataset.num_classes, {"train", "test"}):
+    shape = (None, None, 3) if dataset.whole_images else dataset.image_shape
+    splits = {"train", dataset.test_split}
+    if found[:2] != (shape, dataset.num_classes) or not splits <= {*found[2]}:
         raise damaged(dataset, path, f"its images, classes and splits are {found}")
     if tfds.core.FileFormat.ARRAY_RECORD not in formats:
         raise DataError(

@@ -2,14 +2,17 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from agp_jax.data.cifar10 import read_cifar10
+from agp_jax.data.datasets import Dataset
 from agp_jax.data.digits import read_digits
 from agp_jax.data.directories import dataset_named, open_directory, version_path
-from agp_jax.sources import DataError
+from agp_jax.data.imagenet import prepare_imagenet
+from agp_jax.sources import DataError, Source
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -57,9 +60,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def prepare(name: str, *, data_dir: str = "", source: str | None = None) -> str:
     """Writes `name` as ArrayRecord to `data_dir/name/version` and returns that path.
 
-    Takes CIFAR-10 from the archive `source`, `cifar-10-binary.tar.gz`; leaves data that
-    is there already as it is. The directory appears complete or not at all, also when
-    several processes prepare the same data at once.
+    Takes CIFAR-10 from the archive `source`, `cifar-10-binary.tar.gz`, and ImageNet
+    from a directory `source` with its two tars; leaves data that is there already as it
+    is. The directory appears complete or not at all, also when several processes
+    prepare the same data at once. ImageNet goes on where it was interrupted.
 
     Raises `DataError` where the archive is missing or not as it should be, or nothing
     can be written.
@@ -71,14 +75,12 @@ def prepare(name: str, *, data_dir: str = "", source: str | None = None) -> str:
     if os.path.exists(path):
         open_directory(dataset, path)
         return str(path)
-    splits, label_names = read_digits() if name == "digits" else read_cifar10(source)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # tfds's own temporary names repeat among processes that seed `random` alike.
-        with tempfile.TemporaryDirectory("", "incomplete.", path.parent) as work:
-            builder = _Builder(dataset, splits, label_names, data_dir=work)
-            builder.download_and_prepare(file_format="array_record")
-            os.rename(builder.data_dir, path)
+        if name == "imagenet2012":
+            prepare_imagenet(source, path)
+        else:
+            splits, names = read_digits() if name == "digits" else read_cifar10(source)
+            _prepare_in_memory(dataset, splits, names, path)
     except OSError as error:
         if not os.path.exists(path):  # otherwise another process was faster
             raise DataError(
@@ -86,3 +88,14 @@ def prepare(name: str, *, data_dir: str = "", source: str | None = None) -> str:
                 f"with --data_dir or the environment variable TFDS_DATA_DIR"
             ) from error
     return str(path)
+
+
+def _prepare_in_memory(
+    dataset: Dataset, splits: dict[str, Source], label_names: list[str], path: Path
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # tfds's own temporary names repeat among processes that seed `random` alike.
+    with tempfile.TemporaryDirectory("", "incomplete.", path.parent) as work:
+        builder = _Builder(dataset, splits, label_names, data_dir=work)
+        builder.download_and_prepare(file_format="array_record")
+        os.rename(builder.data_dir, path)
