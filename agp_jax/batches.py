@@ -42,8 +42,10 @@ def _resized_crop_flip(
     images: Iterable[Image.Image], draws: np.ndarray, size: int = 224
 ) -> np.ndarray:
     """Random parts of whole images at one size, half of them mirrored."""
-    pairs = zip(images, draws, strict=True)
-    return np.stack([random_resized_crop(image, draw, size) for image, draw in pairs])
+    crops = np.empty((len(draws), size, size, 3), np.uint8)
+    for crop, image, numbers in zip(crops, images, draws, strict=True):
+        crop[:] = random_resized_crop(image, numbers, size)
+    return crops
 
 
 def _centre_crops(images: Iterable[Image.Image], size: int) -> np.ndarray:

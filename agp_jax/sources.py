@@ -70,9 +70,13 @@ class EncodedSource:
     def _decode(self, records: Sequence[Any]) -> Iterator[Image.Image]:
         for record in records:
             try:
-                yield Image.open(io.BytesIO(record["image"])).convert("RGB")
+                image = Image.open(io.BytesIO(record["image"]))
+                image.load()
+                if image.mode != "RGB":  # otherwise this would copy it
+                    image = image.convert("RGB")
             except (OSError, SyntaxError, ValueError) as error:
                 raise self._damaged(record["file_name"].decode(), error) from error
+            yield image
 
     def _damaged(self, what: str, error: Exception) -> DataError:
         return DataError(

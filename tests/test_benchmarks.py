@@ -43,6 +43,19 @@ BENCHMARKS = {
             },
         },
     ),
+    "input_pipeline": (
+        ["--rounds=1"],
+        {
+            "batches": {
+                "data": str,
+                "batches": str,
+                "threads": int,
+                "images/s": NUMBERS,
+                "images/s_per_core": NUMBERS,
+            },
+            "preparation": {"images": int, "images/s": NUMBERS, "MB/s": NUMBERS},
+        },
+    ),
     "collectives": (
         [],
         {

@@ -4,6 +4,7 @@ import concurrent.futures
 import io
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,21 @@ def test_what_was_interrupted_is_used_with_the_same_tars_only(
     assert prepare(imagenet_tars, tmp_path) == 0
     path = tmp_path / NAME / VERSION
     assert (path / shard.name).stat().st_ino != kept
+    assert_same_data(tmp_path, imagenet_dir)
+
+
+def test_a_full_disk_is_named_and_what_was_written_counts(
+    imagenet_tars, imagenet_dir, tmp_path, capsys
+):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, limits[1]))
+    try:
+        assert prepare(imagenet_tars, tmp_path) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: cannot write imagenet2012 to {tmp_path}")
+    assert prepare(imagenet_tars, tmp_path) == 0
     assert_same_data(tmp_path, imagenet_dir)
 
 

@@ -63,7 +63,10 @@ def prepare_imagenet(source: str | None, path: Path) -> None:
                 records = _read_records(shard, validation_labels)
                 serialized = ((0, features.serialize_example(x)) for x in records)
                 part = os.path.join(directory, shard.name)
-                ArrayRecordFileAdapter.write_examples(part, serialized)
+                try:
+                    ArrayRecordFileAdapter.write_examples(part, serialized)
+                except RuntimeError as error:  # how array_record says the disk is full
+                    raise OSError(one_line(error)) from error
                 os.replace(part, work / shard.name)
             show(shard)
     tfds.folder_dataset.write_metadata(
