@@ -53,7 +53,7 @@ BENCHMARKS = {
                 "images/s": NUMBERS,
                 "images/s_per_core": NUMBERS,
             },
-            "preparation": {"images": int, "images/s": NUMBERS, "MB/s": NUMBERS},
+            "preparation": {"images": int, "images/s_per_core": NUMBERS},
         },
     ),
     "collectives": (

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         path = prepare(args.name, data_dir=args.data_dir, source=args.source)
         splits = tfds.builder_from_directory(path).info.splits
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command again", file=sys.stderr)
         return 130
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
