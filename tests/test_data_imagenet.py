@@ -233,6 +233,11 @@ def no_validation(tars, contents):
     (tars / VALIDATION).unlink()
 
 
+def no_directory(tars, contents):
+    shutil.rmtree(tars)
+    tars.write_text("")
+
+
 def no_tar(tars, contents):
     (tars / VALIDATION).write_bytes(b"<html>please log in</html>" * 100)
 
@@ -286,6 +291,7 @@ DAMAGED = "is damaged, truncated or no tar archive"
         (cut_train, f"{TRAIN} {DAMAGED} (unexpected end of data); download it again"),
         (cut_between_classes, f"{TRAIN} {DAMAGED} (it breaks off after"),
         (no_validation, f"no {VALIDATION} in "),
+        (no_directory, "can be read (Not a directory); --source is the directory"),
         (no_tar, f"{VALIDATION} {DAMAGED}"),
         (other_class, "holds n99999999.tar, which is none of the tars"),
         (other_image, f"holds {SYNSETS[1]}_1.JPEG, but images are expected to be"),

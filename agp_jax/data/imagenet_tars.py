@@ -79,13 +79,15 @@ def _divide(
 
 def _list_tar(path: Path) -> list[File]:
     try:
-        with open(path, "rb") as stream:
-            return list_files(stream, str(path))
-    except FileNotFoundError as error:
+        stream = open(path, "rb")
+    except OSError as error:
         raise DataError(
-            f"no {path.name} in {path.parent}, which --source names; both {TRAIN_TAR} "
-            f"and {VALIDATION_TAR} must be there, as they were downloaded"
+            f"no {path.name} in {path.parent} can be read ({error.strerror}); --source "
+            f"is the directory that holds both {TRAIN_TAR} and {VALIDATION_TAR}, as "
+            f"they were downloaded"
         ) from error
+    with stream:
+        return list_files(stream, str(path))
 
 
 def list_files(stream: BinaryIO, name: str) -> list[File]:
@@ -102,8 +104,6 @@ def list_files(stream: BinaryIO, name: str) -> list[File]:
                 512
             )  # where tarfile stops, right or not
     except (tarfile.TarError, OSError, EOFError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise _damaged(name, one_line(error)) from error
     if not is_whole:
         raise _damaged(name, f"it breaks off after {len(files)} files")
