@@ -192,6 +192,22 @@ def test_a_padded_shortcut_keeps_every_other_pixel_among_zero_channels():
     assert not after[..., :2].any() and not after[..., 6:].any()
 
 
+@pytest.mark.parametrize("shortcut", ["pad", "conv"])
+def test_strided_filters_stand_on_the_pixels_that_shortcuts_keep(shortcut):
+    model = CifarResNet(5, depth=8, width=4, shortcut=shortcut)
+    images = jax.random.normal(jax.random.key(1), (1, 8, 8, 1))
+    variables = jax.tree.map(
+        lambda x: jnp.ones(x.shape), shapes_of(model, images.shape[1:])
+    )
+    copies = jnp.zeros((3, 3, 4, 8)).at[1, 1].set(jnp.eye(4, 8))
+    variables["params"]["stage2"]["block0"]["conv1"]["kernel"] = copies
+    apply = partial(model.apply, capture_intermediates=True, mutable=True, train=False)
+    outputs = jax.jit(apply)(variables, images)[1]["intermediates"]
+    before = outputs["stage1"]["__call__"][0]
+    after = outputs["stage2"]["block0"]["conv1"]["__call__"][0]
+    np.testing.assert_array_equal(after[..., :4], before[:, ::2, ::2])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_give_a_logit_per_class_at_any_width(name):
     for width, image_shape in ((0, (64, 64, 1)), (24, (80, 80, 3))):

@@ -71,7 +71,7 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         norm = partial(Norm, use_running_average=not train)
-        y = Conv(self.width, (3, 3), self.strides, name="conv1")(x)
+        y = Conv(self.width, (3, 3), self.strides, padding=1, name="conv1")(x)
         y = nn.relu(norm(name="norm1")(y))
         y = Conv(self.width, (3, 3), name="conv2")(y)
         y = norm(name="norm2")(y)
