@@ -161,7 +161,7 @@ def test_resnet20_has_the_published_weights_and_macs():
     # 432 + 6 * 2,304 + (4,608 + 5 * 9,216) + (18,432 + 5 * 36,864) + 640, and the 1x1
     # convolutions 16 * 32 + 32 * 64 of the published 270,896.
     padded = cost_of(CifarResNet(10), 32)
-    projected = cost_of(CifarResNet(10, shortcut="conv"), 32)
+    projected = cost_of(make_model("resnet20_projection", 10), 32)
     assert padded.weight_params == 268_336
     assert (projected.weight_params, projected.macs) == (270_896, 40_813_184)
 

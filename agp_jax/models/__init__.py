@@ -19,6 +19,10 @@ from agp_jax.models.vit import VisionTransformer
 MODELS: dict[str, tuple[Callable[[int, int], nn.Module], int]] = {
     "mlp": (lambda classes, width: Mlp(classes, (width, width // 2)), 128),
     "resnet20": (lambda classes, width: CifarResNet(classes, 20, width), 16),
+    "resnet20_projection": (
+        lambda classes, width: CifarResNet(classes, 20, width, shortcut="conv"),
+        16,
+    ),
     "alexnet": (AlexNet, 64),
     "mobilenet": (MobileNet, 32),
     "resnet18": (resnet18, 64),
