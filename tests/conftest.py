@@ -21,6 +21,8 @@ from agp_jax import data  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+collect_ignore = ["torch_agreement.py"]  # a script, which imports torch
+
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
