@@ -224,7 +224,6 @@ def test_what_was_taken_is_named_with_the_rule_that_took_it():
         (dict(stacked_axes=1.0), "stacked_axes.*1.0"),
         (dict(stacked_axes=None), "stacked_axes.*None"),
     ],
-    ids=str,
 )
 def test_a_rule_of_the_wrong_kind_is_an_error_that_names_the_value(options, named):
     good = dict(pattern="kernel", structure=agp.element(), schedule=HALF)
@@ -242,7 +241,6 @@ def test_a_rule_of_the_wrong_kind_is_an_error_that_names_the_value(options, name
         ({"a": HALF}, "a"),
         ([agp.Rule("a", agp.element())], "rule 'a'.*no schedule"),
     ],
-    ids=str,
 )
 def test_what_is_no_list_of_rules_is_an_error(rules, named):
     with pytest.raises(ValueError, match=named):
@@ -259,7 +257,6 @@ def test_what_is_no_list_of_rules_is_an_error(rules, named):
         (rule("w", stacked_axes=3), r"rule 'w' stacks 3.*w.*\(6, 4\)"),
         (rule("w", agp.channels(), stacked_axes=1), r"rule 'w'.*w: axis -2.*\(4,\)"),
     ],
-    ids=str,
 )
 def test_a_structure_that_does_not_fit_names_rule_path_and_shape(made, named):
     with pytest.raises(ValueError, match=named):
