@@ -3,9 +3,12 @@
     python train.py
     python train.py --config=configs/digits_mlp_global_95.py --workdir=/tmp/mlp
     python train.py --config.prune.final_sparsity=0.95 --config.seed=1
+    python train.py --config=configs/resnet50_filters_1.py --plan
 
 The same command again resumes a run that was stopped. On several hosts each runs the
-same command with --distributed; docs/pods.md has the rest.
+same command with --distributed; docs/pods.md has the rest. --plan trains nothing and
+needs no data: it shows what the run would end with, and writes it to plan.json if a
+--workdir is given.
 """
 
 import re
@@ -17,7 +20,8 @@ from ml_collections import config_flags
 
 from agp_jax.config import ConfigError
 from agp_jax.data import DataError
-from agp_jax.loop import run
+from agp_jax.loop import run, show_plan
+from agp_jax.models.torch_weights import WeightsError
 from agp_jax.processes import ProcessError, connect, leave
 from agp_jax.workdirs import WorkdirError
 
@@ -28,6 +32,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; by default runs/, named by the experiment."
+)
+_PLAN = flags.DEFINE_boolean(
+    "plan", False, "Show the events, every tensor and the totals; train nothing."
 )
 _DISTRIBUTED = flags.DEFINE_boolean(
     "distributed",
@@ -55,7 +62,10 @@ def main(arguments: list[str]) -> None:
     address = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _DISTRIBUTED.value or any(part is not None for part in address):
         connect(*address)
-    run(_CONFIG.value, _WORKDIR.value or _default_workdir())
+    if _PLAN.value:
+        show_plan(_CONFIG.value, _WORKDIR.value)
+    else:
+        run(_CONFIG.value, _WORKDIR.value or _default_workdir())
 
 
 def _default_workdir() -> Path:
@@ -95,7 +105,13 @@ def _last_line(error: Exception) -> str:
 if __name__ == "__main__":
     try:
         app.run(main, flags_parser=_parse_flags)
-    except (ConfigError, DataError, ProcessError, WorkdirError) as error:
+    except (
+        ConfigError,
+        DataError,
+        ProcessError,
+        WeightsError,
+        WorkdirError,
+    ) as error:
         leave(f"error: {error}")
     except KeyboardInterrupt:
         leave("interrupted; the same command resumes the run")

@@ -124,6 +124,12 @@ def wait(manager: ocp.CheckpointManager) -> None:
         raise _not_saved(manager, step, error) from error
 
 
+def has_steps(workdir: PathLike) -> bool:
+    """Whether there is a step under `workdir` to resume from, without opening it."""
+    directory = _directory(workdir)
+    return directory.is_dir() and any(x.name.isdigit() for x in directory.iterdir())
+
+
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
     """The last step, that of a save in progress included; None if there is none."""
     return manager.latest_step()
@@ -244,12 +250,16 @@ def restore_variables(
                 )
 
 
+def _directory(workdir: PathLike) -> Path:
+    return Path(workdir).absolute() / "checkpoints"
+
+
 def _open_manager(
     workdir: PathLike, *, keep: int, writes: bool
 ) -> ocp.CheckpointManager:
     # Under absl's app.run, Orbax logs some fifty lines for every save.
     logging.getLogger("absl").addFilter(_is_worth_reading)
-    directory = Path(workdir).absolute() / "checkpoints"
+    directory = _directory(workdir)
     options = ocp.CheckpointManagerOptions(
         create=writes,
         cleanup_tmp_directories=writes,

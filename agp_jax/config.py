@@ -6,16 +6,16 @@ overrides its fields: `--config.prune.final_sparsity=0.95`.
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-import optax
 
 from agp_jax.batches import AUGMENTATIONS
 from agp_jax.data import DATASETS
 from agp_jax.models import MODELS
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule, polynomial_schedule
+from agp_jax.units import follows_couplings
 
 
 class ConfigError(ValueError):
@@ -31,11 +31,17 @@ class Data:
       dir: where TFDS keeps datasets; empty for its usual place.
       augment: a way of varying training images, of
         `agp_jax.batches.AUGMENTATIONS`.
+      image_size: height and width of the crops that are trained on, where the images
+        themselves are of many sizes; 0 for the dataset's own.
+      hold_out: the fraction of the training images that are kept from training, and
+        which the best checkpoint is then chosen by; 0 for none.
     """
 
     name: str = "digits"
     dir: str = ""
     augment: str = "none"
+    image_size: int = 0
+    hold_out: float = 0.0
 
 
 @dataclasses.dataclass
@@ -45,10 +51,13 @@ class Model:
     Attributes:
       name: a model of `agp_jax.models.MODELS`.
       width: channels of its first stage; 0 for the published width.
+      weights: a file of published weights to start from, see
+        `agp_jax.models.torch_weights`; empty to start from random ones.
     """
 
     name: str = "resnet20"
     width: int = 0
+    weights: str = ""
 
 
 @dataclasses.dataclass
@@ -59,10 +68,18 @@ class Optimizer:
       name: "sgd" (with momentum) or "adamw".
       learning_rate: the highest learning rate.
       warmup_steps: steps over which it rises linearly from zero.
-      decay: "cosine" to zero at the last step, "steps", or "none".
-      decay_at: with "steps", the steps at which the rate is multiplied by
-        `decay_factor`.
-      decay_factor: see `decay_at`.
+      decay: "cosine" to zero at the last step; "steps"; "exponential"; "plateau"; or
+        "none".
+      decay_factor: what each decay but "cosine" multiplies the rate by.
+      decay_at: with "steps", at which steps.
+      decay_every: with "exponential", after how many steps each, counted from
+        `decay_origin`. It applies from `decay_begin` on, so the rate jumps there if it
+        counts from earlier. After `decay_end` the rate stays.
+      decay_begin, decay_end, decay_origin: see `decay_every`; a `decay_end` of 0 is the
+        last step. With "plateau", evaluations count from `decay_begin` on.
+      patience: with "plateau", how many evaluations in a row may bring no lower loss
+        before the rate is lowered.
+      cooldown: with "plateau", how many evaluations after that do not count.
       momentum: of "sgd".
       nesterov: of "sgd".
       weight_decay: times the weights; added to the gradient ("sgd") or decoupled
@@ -73,11 +90,34 @@ class Optimizer:
     learning_rate: float = 0.1
     warmup_steps: int = 0
     decay: str = "cosine"
-    decay_at: tuple[int, ...] = ()
     decay_factor: float = 0.1
+    decay_at: tuple[int, ...] = ()
+    decay_every: int = 1
+    decay_begin: int = 0
+    decay_end: int = 0
+    decay_origin: int = 0
+    patience: int = 0
+    cooldown: int = 0
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
+
+
+@dataclasses.dataclass
+class GroupLasso:
+    """A penalty that drives whole kernels to zero: the sum of their L2 norms.
+
+    A kernel is what a filter applies to one channel (arXiv:1608.03665 has the idea).
+
+    Attributes:
+      strength: what the sum is multiplied by and added to the loss; 0 for no penalty.
+      pattern: a regular expression for the whole path of the parameters.
+      end_step: the penalty ends with this step.
+    """
+
+    strength: float = 0.0
+    pattern: str = ".*/kernel"
+    end_step: int = 0
 
 
 @dataclasses.dataclass
@@ -93,10 +133,15 @@ class Prune:
       frequency: steps between events.
       power: exponent of the curve, 3 in arXiv:1710.01878.
       rules: see `agp.Rule`; the first that matches a parameter wins.
+      fold_norms: whether convolution kernels are ranked as they are once the
+        normalisation that follows is folded into them.
       coupled: whether rules with filters, channels or heads prune whole units: every
         slice that the model couples to theirs.
       cut_step: the step after which these units are cut out and a smaller model trains
-        on, a multiple of `log_every` and not before the last event; 0 for never.
+        on, a multiple of `log_every` and not before the last event of these rules; 0
+        for never. What they named then falls to the next rules that match it. If not
+        `coupled`, what follows from the masks alone is cut, and the model's function
+        changes as what it added to the masked filters goes, too.
       round_to: a cut leaves multiples of this many units.
     """
 
@@ -108,6 +153,7 @@ class Prune:
     frequency: int = 1
     power: float = 3.0
     rules: tuple[Rule, ...] = ()
+    fold_norms: bool = False
     coupled: bool = False
     cut_step: int = 0
     round_to: int = 1
@@ -126,6 +172,37 @@ class Devices:
     fsdp: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What others have published of an experiment, to compare a plan with.
+
+    Numbers are as printed there; None where there is none. Not part of the experiment.
+
+    Attributes:
+      source: where.
+      sparsity: percent of zeros among the convolution and dense weights that are left.
+      params_kept: percent of them that are left.
+      compute_kept: percent of the multiply-adds that are left.
+      params: how many convolution and dense weights are left.
+      nonzero: how many of them are not zero.
+      macs: how many multiply-adds per image are left.
+      top1: percent of test images classified correctly.
+      base_top1: the same before pruning.
+      errata: what is wrong in these figures, a sentence each.
+    """
+
+    source: str
+    sparsity: str | None = None
+    params_kept: str | None = None
+    compute_kept: str | None = None
+    params: int | None = None
+    nonzero: int | None = None
+    macs: int | None = None
+    top1: str | None = None
+    base_top1: str | None = None
+    errata: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass
 class Config:
     """An experiment.
@@ -136,7 +213,8 @@ class Config:
       batch_size: images per step, over all devices.
       log_every: steps between evaluations, each a line in `metrics.jsonl`.
       checkpoint_every: steps between checkpoints, a multiple of `log_every`.
-      data, model, optimizer, prune, devices: see their classes.
+      data, model, optimizer, lasso, prune, devices: see their classes.
+      published: what is known of the same experiment elsewhere, or None.
     """
 
     seed: int = 0
@@ -147,8 +225,17 @@ class Config:
     data: Data = dataclasses.field(default_factory=Data)
     model: Model = dataclasses.field(default_factory=Model)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    lasso: GroupLasso = dataclasses.field(default_factory=GroupLasso)
     prune: Prune = dataclasses.field(default_factory=Prune)
     devices: Devices = dataclasses.field(default_factory=Devices)
+    published: Published | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches the training images make, the last one perhaps smaller."""
+        size = DATASETS[self.data.name].train_size
+        size -= math.floor(self.data.hold_out * size)
+        return -(-size // self.batch_size)
 
 
 def validate(config: Config) -> None:
@@ -175,7 +262,11 @@ def validate(config: Config) -> None:
     _require_one_of(config, "model.name", MODELS)
     _require(config, "model.width", lambda x: x >= 0, "0 (published) or positive")
     _require_one_of(config, "optimizer.name", ("sgd", "adamw"))
-    _require_one_of(config, "optimizer.decay", ("cosine", "steps", "none"))
+    _require_one_of(
+        config,
+        "optimizer.decay",
+        ("cosine", "steps", "exponential", "plateau", "none"),
+    )
     _require(config, "optimizer.learning_rate", lambda x: 0 < x < math.inf, "positive")
     _require(config, "optimizer.momentum", lambda x: 0 <= x < 1, "in [0, 1)")
     _require(
@@ -187,20 +278,26 @@ def validate(config: Config) -> None:
         lambda x: 0 <= x < config.steps,
         f"in [0, steps), and steps is {config.steps}",
     )
+    _require(config, "optimizer.decay_factor", lambda x: 0 < x < 1, "between 0 and 1")
+    _require(config, "optimizer.decay_every", lambda x: x > 0, "at least 1")
+    for name in ("decay_begin", "decay_end", "decay_origin", "patience", "cooldown"):
+        _require(config, f"optimizer.{name}", lambda x: x >= 0, "at least 0")
+    _require(config, "data.image_size", lambda x: x >= 0, "at least 0")
+    _require(config, "data.hold_out", lambda x: 0 <= x < 1, "in [0, 1)")
+    _require(config, "lasso.strength", lambda x: 0 <= x < math.inf, "at least 0")
     _require(config, "prune.round_to", lambda x: x > 0, "at least 1")
     _check_cut_step(config, make_rules(config))
 
 
 def _check_cut_step(config: Config, rules: Sequence[Rule]) -> None:
-    cut_step = config.prune.cut_step
-    if not cut_step or not rules:
+    if not config.prune.cut_step or not rules:
         return
-    if not config.prune.coupled:
+    last = last_event(filter(follows_couplings, rules))
+    if not any(map(follows_couplings, rules)):
         raise ConfigError(
-            "config.prune.cut_step cuts out what config.prune.coupled=True has pruned; "
-            "set that, too"
+            "config.prune.cut_step cuts out filters, channels or heads, but no rule "
+            "of config.prune.rules prunes any; set it to 0"
         )
-    last = last_event(rules)
     _require(
         config,
         "prune.cut_step",
@@ -214,6 +311,13 @@ def last_event(rules: Iterable[Rule]) -> int:
     """The step from which on all rules are at their final sparsity."""
     schedules = {rule.schedule for rule in rules if rule.schedule}
     return max((int(s.events()[0][-1]) for s in schedules), default=0)
+
+
+def target_step(config: Config) -> int:
+    """The step from which on the model is as sparse and small as it will be."""
+    rules = make_rules(config)
+    cut_step = config.prune.cut_step if rules else 0
+    return max(last_event(rules), cut_step)
 
 
 def make_rules(config: Config) -> tuple[Rule, ...]:
@@ -261,45 +365,11 @@ def make_rules(config: Config) -> tuple[Rule, ...]:
     return rules
 
 
-def make_learning_rate(config: Config) -> optax.Schedule:
-    """The learning rate by step."""
-    optimizer = config.optimizer
-    rest = config.steps - optimizer.warmup_steps
-    match optimizer.decay:
-        case "cosine":
-            decay = optax.cosine_decay_schedule(optimizer.learning_rate, rest)
-        case "steps":
-            decay = optax.piecewise_constant_schedule(
-                optimizer.learning_rate,
-                {
-                    step - optimizer.warmup_steps: optimizer.decay_factor
-                    for step in optimizer.decay_at
-                },
-            )
-        case _:
-            decay = optax.constant_schedule(optimizer.learning_rate)
-    if not optimizer.warmup_steps:
-        return decay
-    warmup = optax.linear_schedule(0.0, optimizer.learning_rate, optimizer.warmup_steps)
-    return optax.join_schedules([warmup, decay], [optimizer.warmup_steps])
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimizer, not yet wrapped for pruning."""
-    optimizer = config.optimizer
-    learning_rate = make_learning_rate(config)
-    if optimizer.name == "adamw":
-        return optax.adamw(learning_rate, weight_decay=optimizer.weight_decay)
-    return optax.chain(
-        optax.add_decayed_weights(optimizer.weight_decay),
-        optax.sgd(learning_rate, optimizer.momentum, optimizer.nesterov),
-    )
-
-
 def to_dict(value: Any) -> Any:
     """A config, or a part of one, as JSON values: what is saved and compared.
 
-    Where the data lies and on which devices it runs are no part of an experiment.
+    Where files lie, on which devices it runs and what others have published are no part
+    of an experiment.
     """
     match value:
         case Rule():
@@ -314,9 +384,15 @@ def to_dict(value: Any) -> Any:
             return [to_dict(item) for item in value]
         case bool() | int() | float() | str() | None:
             return value
-    if type(value) in (Config, Data, Model, Optimizer, Prune):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return to_dict({k: v for k, v in fields.items() if k not in ("dir", "devices")})
+    if type(value) in (Config, Data, Model, Optimizer, GroupLasso, Prune):
+        fields = {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if field.name not in ("dir", "devices", "published")
+        }
+        if isinstance(value, Model):
+            fields["weights"] = os.path.basename(value.weights)
+        return to_dict(fields)
     return str(value)
 
 
@@ -326,6 +402,8 @@ def _check_types(config: Any, prefix: str) -> None:
     for field in dataclasses.fields(config):
         value, expected = getattr(config, field.name), getattr(default, field.name)
         kind = type(expected)
+        if field.name == "published" and isinstance(value, Published | None):
+            continue
         if kind is float and type(value) is int:
             continue
         if kind is tuple and isinstance(value, list):

@@ -13,15 +13,24 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agp_jax import data
-from agp_jax.config import Config, ConfigError, make_optimizer, make_rules, validate
+from agp_jax.batches import check_augment
+from agp_jax.config import Config, ConfigError, make_rules, validate
 from agp_jax.costs import Cost, measure_cost
 from agp_jax.couplings import Couplings, find_couplings
 from agp_jax.cuts import Cut, plan_cut
+from agp_jax.descent import make_optimizer, penalty
+from agp_jax.masks import apply_masks
 from agp_jax.meshes import make_mesh, place
 from agp_jax.models import make_model
+from agp_jax.models.folding import fold_norms
+from agp_jax.models.torch_weights import (
+    WeightsError,
+    from_state_dict,
+    read_state_dict,
+)
 from agp_jax.optimizer import get_masks, prune
 from agp_jax.replay import thin_function
-from agp_jax.rules import match_rules
+from agp_jax.rules import Rule, match_rules
 from agp_jax.sources import AnySource
 from agp_jax.thinning import thin, thin_opt_state
 from agp_jax.trees import PyTree
@@ -44,15 +53,27 @@ class State(NamedTuple):
     opt_state: optax.OptState
 
 
+class Sources(NamedTuple):
+    """The images of an experiment; `validation` is what was held out, or None."""
+
+    train: AnySource
+    validation: AnySource | None
+    test: AnySource
+
+
 class Experiment(NamedTuple):
     """A config made concrete: what a run needs and what stays the same in it.
 
     Attributes:
+      dataset: what is known of the images, at the size that is trained on.
       predict: gives logits from `variables` (params and batch_stats) and images.
       forward: the same in training, with a key for dropout, and the next batch_stats.
       tx: the optimizer, wrapped for pruning.
-      matched: the rule of each parameter, or None.
-      couplings: of the variables; None where units are not pruned as a whole.
+      rules: the rules in force.
+      matched: the rule of each parameter, or None; after a cut the one in force, else
+        the one that the cut has fulfilled.
+      couplings: of the variables; None where they are not needed.
+      ranking: those of the parameters where rules prune whole units, else None.
       shapes: of the state, with shardings.
       original: the shapes of the variables before any cut.
       cut: what has been taken out; None before.
@@ -60,14 +81,14 @@ class Experiment(NamedTuple):
 
     config: Config
     dataset: data.Dataset
-    train_source: AnySource
-    test_source: AnySource
     model: nn.Module
     predict: Callable[[PyTree, jax.Array], jax.Array]
     forward: Callable[[PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
     tx: optax.GradientTransformation
+    rules: tuple[Rule, ...]
     matched: PyTree
     couplings: Couplings | None
+    ranking: Couplings | None
     shapes: State
     original: dict[str, PyTree]
     mesh: Mesh
@@ -75,7 +96,7 @@ class Experiment(NamedTuple):
 
 
 def set_up(config: Config) -> Experiment:
-    """Makes a config concrete without training; everything unfit is found here.
+    """Makes a config concrete without training; needs no data and allocates nothing.
 
     Raises:
       ConfigError, DataError: saying what is wrong and what to do.
@@ -88,42 +109,65 @@ def set_up(config: Config) -> Experiment:
             f"{config.batch_size}"
         )
     dataset = data.DATASETS[config.data.name]
+    if size := config.data.image_size:
+        shape = (size, size, dataset.image_shape[2])
+        dataset = dataclasses.replace(dataset, image_shape=shape)
     model = make_model(config.model.name, dataset.num_classes, config.model.width)
     predict, forward = _functions(model)
     rules = make_rules(config)
-    tx = make_optimizer(config)
     mesh = make_mesh(config.devices.fsdp)
-    couplings = None
+    init = functools.partial(_init_variables, model, dataset)
+    variables = jax.eval_shape(init, jax.random.key(0))
+    couplings = ranking = None
     try:
-        if rules and config.prune.coupled:
-            init = functools.partial(_init_variables, model, dataset)
-            variables = jax.eval_shape(init, jax.random.key(0))
+        if rules and (config.prune.coupled or config.prune.cut_step):
             couplings = find_couplings(predict, variables, _image(dataset))
-            tx = prune(tx, rules, couplings=couplings.subtree("params"))
-        elif rules:
-            tx = prune(tx, rules)
-        shapes = jax.eval_shape(
-            functools.partial(_init_state, model, tx, dataset), jax.random.key(0)
-        )
-        matched = match_rules(rules, shapes.params)
+        if couplings and config.prune.coupled:
+            ranking = couplings.subtree("params")
+        tx = make_optimizer(config)
+        if rules:
+            tx = prune(tx, rules, couplings=ranking)
+        matched = match_rules(rules, variables["params"])
+        shapes = jax.eval_shape(functools.partial(_init_state, config, tx), variables)
     except ValueError as error:
         raise ConfigError(f"config.prune: {error}") from error
-    load = functools.partial(data.load, dataset.name, data_dir=config.data.dir)
     return Experiment(
         config=config,
         dataset=dataset,
-        train_source=load("train"),
-        test_source=load("test"),
         model=model,
         predict=predict,
         forward=forward,
         tx=tx,
+        rules=rules,
         matched=matched,
         couplings=couplings,
+        ranking=ranking,
         shapes=place(shapes, mesh),
-        original=as_variables(shapes),
+        original=variables,
         mesh=mesh,
     )
+
+
+def load_sources(experiment: Experiment) -> Sources:
+    """The images that an experiment trains on and is judged by.
+
+    Raises:
+      ConfigError: if they cannot be augmented as it says.
+      DataError: if they are missing or damaged.
+    """
+    options = experiment.config.data
+    load = functools.partial(
+        data.load, options.name, data_dir=options.dir, image_size=options.image_size
+    )
+    train, validation = load("train"), None
+    try:
+        check_augment(options.augment, train)
+        if options.hold_out:
+            seed = experiment.config.seed
+            train, validation = data.hold_out(train, options.hold_out, seed)
+    except ValueError as error:
+        raise ConfigError(f"config.data: {error}") from error
+    return Sources(train, validation, load("test"))
 
 
 def _functions(model: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -149,38 +193,49 @@ def _functions(model: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]
 
 def plan_experiment_cut(experiment: Experiment, state: State) -> Cut:
     """The cut of all units that the state's masks remove."""
-    assert experiment.couplings is not None
     whole = NamedSharding(experiment.mesh, PartitionSpec())
     masks = jax.jit(lambda masks: masks, out_shardings=whole)(
         get_masks(state.opt_state)
     )
+    return cut_of_masks(experiment, masks)
+
+
+def cut_of_masks(experiment: Experiment, masks: PyTree) -> Cut:
+    """The cut of all units that masks of the parameters remove."""
+    assert experiment.couplings is not None
+    options = experiment.config.prune
     return plan_cut(
         {"params": masks},
         experiment.couplings,
-        round_to=experiment.config.prune.round_to,
+        close=not options.coupled,
+        round_to=options.round_to,
     )
 
 
 def cut_experiment(experiment: Experiment, cut: Cut) -> Experiment:
     """The experiment that goes on with what the cut leaves.
 
-    Rules whose units are cut have nothing left to do; others go on.
+    Rules whose units are cut have nothing left to do and give way to the next ones.
     """
     variables = as_variables(experiment.shapes)
     thinned = jax.eval_shape(functools.partial(cut_state, cut=cut), experiment.shapes)
-    rules = [
-        dataclasses.replace(rule, structure=None, schedule=None)
-        if follows_couplings(rule)
-        else rule
-        for rule in make_rules(experiment.config)
-    ]
+    rules = tuple(rule for rule in experiment.rules if not follows_couplings(rule))
     return experiment._replace(
         predict=thin_function(experiment.predict, variables, cut),
         forward=thin_function(experiment.forward, variables, cut),
         tx=prune(make_optimizer(experiment.config), rules),
+        rules=rules,
+        matched=_update(experiment.matched, match_rules(rules, thinned.params)),
+        ranking=None,
         shapes=place(thinned, experiment.mesh),
         cut=cut,
     )
+
+
+def _update(matched: PyTree, later: PyTree) -> PyTree:
+    """`matched` with what `later` has instead, where it has a rule."""
+    is_entry = lambda x: x is None or isinstance(x, Rule)  # noqa: E731
+    return jax.tree.map(lambda rule, new: new or rule, matched, later, is_leaf=is_entry)
 
 
 def cut_state(state: State, cut: Cut) -> State:
@@ -218,27 +273,57 @@ def place_state(experiment: Experiment, make: Callable[..., State], *inputs: Any
     return jax.jit(make, out_shardings=shardings)(*inputs)
 
 
-def init_state(experiment: Experiment) -> State:
-    """The state before the first step."""
-    init = functools.partial(
-        _init_state, experiment.model, experiment.tx, experiment.dataset
-    )
+def read_weights(experiment: Experiment) -> dict[str, PyTree] | None:
+    """The variables that an experiment starts from, as NumPy arrays; None for random.
+
+    Raises:
+      WeightsError: if the weights are missing, damaged or of another model.
+    """
+    options = experiment.config.model
+    if not options.weights:
+        return None
+    try:
+        state_dict = read_state_dict(options.weights)
+        return from_state_dict(options.name, state_dict, experiment.original)
+    except WeightsError as error:
+        raise WeightsError(
+            f"config.model.weights: {error}. Give the file that the experiment starts "
+            f"from as --config.model.weights=FILE, or --config.model.weights= to start "
+            f"from random weights"
+        ) from error
+
+
+def init_state(
+    experiment: Experiment, variables: dict[str, PyTree] | None = None
+) -> State:
+    """The state before the first step, pruned already where schedules begin with it.
+
+    Args:
+      experiment: what will run.
+      variables: to start from; by default they are drawn by the experiment's seed.
+    """
+    make = functools.partial(_init_state, experiment.config, experiment.tx)
+    if variables is not None:
+        return place_state(experiment, make, variables)
+
+    def init(key: jax.Array) -> State:
+        return make(_init_variables(experiment.model, experiment.dataset, key))
+
     return place_state(experiment, init, jax.random.key(experiment.config.seed))
 
 
 def _init_state(
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    dataset: data.Dataset,
-    key: jax.Array,
+    config: Config, tx: optax.GradientTransformation, variables: dict[str, PyTree]
 ) -> State:
-    variables = _init_variables(model, dataset, key)
-    return State(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        opt_state=tx.init(variables["params"]),
-    )
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    if config.prune.fold_norms:  # `init` takes no scores; it ranks what it is given
+        opt_state = tx.init(fold_norms(params, batch_stats))
+    else:
+        opt_state = tx.init(params)
+    if config.prune.enabled:
+        params = apply_masks(params, get_masks(opt_state))
+    step = jnp.zeros((), jnp.int32)
+    return State(step, params, batch_stats, opt_state)
 
 
 def _init_variables(
@@ -260,11 +345,11 @@ def make_train_step(
 
     It gives the next state and the batch's mean loss and accuracy.
     """
-    forward, tx, dataset = experiment.forward, experiment.tx, experiment.dataset
+    config, dataset = experiment.config, experiment.dataset
+    forward, tx = experiment.forward, experiment.tx
 
     def train_step(state: State, batch: PyTree) -> tuple[State, PyTree]:
-        seed = jax.random.key(experiment.config.seed)
-        key = jax.random.fold_in(seed, state.step)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def loss_fn(params: PyTree):
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -277,12 +362,19 @@ def make_train_step(
                 "loss": losses.mean(),
                 "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"]),
             }
-            return metrics["loss"], (batch_stats, metrics)
+            extra = penalty(config.lasso, params, state.step)
+            return metrics["loss"] + extra, (batch_stats, metrics)
 
         gradients, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(
             state.params
         )
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        scores = {}
+        if config.prune.fold_norms:
+            folded = fold_norms(state.params, state.batch_stats)
+            scores = {"scores": jax.tree.map(jnp.abs, folded)}
+        updates, opt_state = tx.update(
+            gradients, state.opt_state, state.params, **scores
+        )
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, batch_stats, opt_state), metrics
 
@@ -292,19 +384,25 @@ def make_train_step(
     )
 
 
-def make_eval_step(experiment: Experiment) -> Callable[..., jax.Array]:
+def make_eval_step(experiment: Experiment) -> Callable[..., PyTree]:
     """A jitted function of params, batch statistics and a batch.
 
-    It gives how many of the batch's examples are classified correctly.
+    It gives sums over the batch's examples: their losses, and how many are classified
+    correctly.
     """
     predict, dataset = experiment.predict, experiment.dataset
 
     @jax.jit
-    def eval_step(params: PyTree, batch_stats: PyTree, batch: PyTree) -> jax.Array:
+    def eval_step(params: PyTree, batch_stats: PyTree, batch: PyTree) -> PyTree:
         variables = {"params": params, "batch_stats": batch_stats}
         logits = predict(variables, _normalised(batch["image"], dataset))
-        correct = jnp.argmax(logits, -1) == batch["label"]
-        return jnp.sum(correct * batch["weight"])
+        labels, weight = batch["label"], batch["weight"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        correct = jnp.argmax(logits, -1) == labels
+        return {
+            "loss": jnp.sum(losses * weight),
+            "accuracy": jnp.sum(correct * weight),
+        }
 
     return eval_step
 

@@ -15,11 +15,13 @@ from rich.console import Console
 
 from agp_jax import checkpoint, reports
 from agp_jax.batches import eval_batches, train_batches
-from agp_jax.config import Config, last_event, make_learning_rate, to_dict
+from agp_jax.config import Config, target_step, to_dict
 from agp_jax.costs import Cost
 from agp_jax.cuts import Cut
+from agp_jax.descent import make_learning_rate, note_loss, plateau_scale
 from agp_jax.experiment import (
     Experiment,
+    Sources,
     State,
     as_variables,
     cost_before,
@@ -27,17 +29,21 @@ from agp_jax.experiment import (
     cut_experiment,
     cut_state,
     init_state,
+    load_sources,
     make_eval_step,
     make_train_step,
     place_state,
     plan_experiment_cut,
+    read_weights,
     set_up,
 )
+from agp_jax.forecasts import Forecast, make_forecast
 from agp_jax.masks import fingerprint
 from agp_jax.meshes import put_batch
 from agp_jax.optimizer import get_masks
 from agp_jax.processes import check_same, failing_together
 from agp_jax.rules import Rule
+from agp_jax.sources import AnySource
 from agp_jax.trees import PyTree
 from agp_jax.workdirs import check_workdir
 
@@ -62,8 +68,9 @@ def run(
       The summary; None on other processes than the first.
 
     Raises:
-      ConfigError, DataError, WorkdirError, CheckpointError: before any training, if the
-        config, the data, the work directory or its checkpoint is not fit for it.
+      ConfigError, DataError, WeightsError, WorkdirError, CheckpointError: before any
+        training, if the config, the data, the weights to start from, the work directory
+        or its checkpoint is not fit for it.
       ProcessError: if that is so on another process, or the processes were started
         with different configs; or during training, if their masks differ.
     """
@@ -72,17 +79,41 @@ def run(
     workdir = Path(workdir)
     with failing_together():
         experiment = set_up(config)
+        sources = load_sources(experiment)
+        weights = None if checkpoint.has_steps(workdir) else read_weights(experiment)
     check_same([_checksum(config)], "the processes were started with different configs")
     check_workdir(workdir, to_dict(config))
     with checkpoint.open_checkpoints(workdir) as manager:
-        experiment, state = _start_or_resume(experiment, manager)
+        experiment, state = _start_or_resume(experiment, weights, manager)
         step = int(state.step)
         with failing_together():
             if jax.process_index() == 0:
                 reports.rewind_metrics(workdir, step)
         _announce(console, experiment, workdir, step)
-        experiment, state = _train(experiment, state, manager, workdir, console)
+        experiment, state = _train(
+            experiment, sources, state, manager, workdir, console
+        )
         return _finish(experiment, state, manager, workdir, console)
+
+
+def show_plan(
+    config: Config, workdir: str | Path | None = None, console: Console | None = None
+) -> Forecast:
+    """Prints what an experiment will end with; with a `workdir` also writes it there.
+
+    Needs no data and trains nothing.
+
+    Raises:
+      ConfigError: if the config is not fit to run.
+      WorkdirError: if `plan.json` cannot be written.
+    """
+    console = console or Console()
+    forecast = make_forecast(set_up(config))
+    reports.print_forecast(console, forecast, config)
+    if workdir is not None:
+        path = reports.write_plan(Path(workdir), forecast)
+        console.print(f"wrote {path}", soft_wrap=True)
+    return forecast
 
 
 def _checksum(config: Config) -> int:
@@ -91,9 +122,11 @@ def _checksum(config: Config) -> int:
     return zlib.crc32(json.dumps(values).encode())
 
 
-def _start_or_resume(experiment: Experiment, manager: Any) -> tuple[Experiment, State]:
+def _start_or_resume(
+    experiment: Experiment, weights: PyTree, manager: Any
+) -> tuple[Experiment, State]:
     if checkpoint.latest_step(manager) is None:
-        return experiment, init_state(experiment)
+        return experiment, init_state(experiment, weights or read_weights(experiment))
     cut = checkpoint.read_value(manager, "cut")
     if cut is not None:
         experiment = cut_experiment(experiment, Cut.from_dict(cut))
@@ -111,6 +144,7 @@ def as_items(state: State) -> dict[str, PyTree]:
 
 def _train(
     experiment: Experiment,
+    sources: Sources,
     state: State,
     manager: Any,
     workdir: Path,
@@ -118,10 +152,11 @@ def _train(
 ) -> tuple[Experiment, State]:
     config = experiment.config
     first_step = int(state.step)
-    train_step, evaluate = make_train_step(experiment), _make_evaluate(experiment)
+    train_step = make_train_step(experiment)
+    evaluate = _make_evaluate(experiment, sources)
     learning_rate = make_learning_rate(config)
     batches = train_batches(
-        experiment.train_source,
+        sources.train,
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=first_step,
@@ -142,23 +177,30 @@ def _train(
             seconds = time.perf_counter() - began
             before_cut = {}
             if step == config.prune.cut_step and experiment.couplings:
-                before_cut["masked_test_accuracy"] = evaluate(state)
+                before_cut["masked_test_accuracy"] = evaluate(state)["test_accuracy"]
                 experiment, state = _cut_out(experiment, state, console)
                 train_step = make_train_step(experiment)
-                evaluate = _make_evaluate(experiment)
+                evaluate = _make_evaluate(experiment, sources)
+            rate = learning_rate(step - 1) * plateau_scale(state.opt_state)
             record = {
                 **_measure(experiment, state, recent),
-                "test_accuracy": evaluate(state),
+                **evaluate(state),
                 **before_cut,
-                "learning_rate": float(np.asarray(learning_rate(step - 1))),
+                "learning_rate": float(np.asarray(rate)),
                 "examples_per_second": config.batch_size * len(recent) / seconds,
             }
+            judge = "validation" if sources.validation else "test"
+            if step > config.optimizer.decay_begin:
+                loss = record[f"{judge}_loss"]
+                state = state._replace(
+                    opt_state=note_loss(config, state.opt_state, loss)
+                )
             if jax.process_index() == 0:
                 reports.append_metrics(workdir, record)
             show(step, _describe(record))
             if step % config.checkpoint_every == 0 or step == config.steps:
-                at_target = step >= last_event(_list_rules(experiment))
-                score = record["test_accuracy"] if at_target else None
+                at_target = step >= target_step(config)
+                score = record[f"{judge}_accuracy"] if at_target else None
                 values = {"cut": experiment.cut.to_dict()} if experiment.cut else {}
                 checkpoint.save(
                     manager, step, as_items(state), score=score, values=values
@@ -206,26 +248,38 @@ def _count_weights(experiment: Experiment, state: State) -> list[reports.TensorC
         experiment.matched,
         int(state.step),
         original=experiment.original["params"],
-        coupled=experiment.couplings is not None,
+        coupled=experiment.config.prune.coupled,
     )
 
 
-def _make_evaluate(experiment: Experiment) -> Callable[[State], float]:
+def _make_evaluate(
+    experiment: Experiment, sources: Sources
+) -> Callable[[State], dict[str, float]]:
     eval_step, mesh = make_eval_step(experiment), experiment.mesh
 
-    def evaluate(state: State) -> float:
-        """The accuracy on the test split."""
+    def mean_over(source: AnySource, state: State) -> dict[str, float]:
         batches = eval_batches(
-            experiment.test_source,
+            source,
             batch_size=experiment.config.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        correct = [
+        sums = [
             eval_step(state.params, state.batch_stats, put_batch(batch, mesh))
             for batch in batches
         ]
-        return float(sum(jax.device_get(correct))) / len(experiment.test_source)
+        total = jax.tree.map(lambda *x: float(sum(x)), *jax.device_get(sums))
+        return {name: value / len(source) for name, value in total.items()}
+
+    def evaluate(state: State) -> dict[str, float]:
+        """Loss and accuracy on the test split, and on what was held out."""
+        judged = {"test": sources.test, "validation": sources.validation}
+        return {
+            f"{split}_{name}": value
+            for split, source in judged.items()
+            if source is not None
+            for name, value in mean_over(source, state).items()
+        }
 
     return evaluate
 
@@ -242,7 +296,7 @@ def _agreed_fingerprint(experiment: Experiment, state: State) -> str:
     Raises:
       ProcessError: on all processes, if there are several fingerprints.
     """
-    masks = get_masks(state.opt_state) if _list_rules(experiment) else {}
+    masks = get_masks(state.opt_state) if experiment.config.prune.enabled else {}
     copies = [int(shard.data) for shard in _fingerprint(masks).addressable_shards]
     check_same(
         copies,

@@ -1,4 +1,4 @@
-"""What a run tells: metrics as they come, and a report at the end."""
+"""What a run tells: its plan, metrics as they come, and a report at the end."""
 
 import contextlib
 import json
@@ -21,7 +21,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from agp_jax.config import Config, Published
+from agp_jax.forecasts import Forecast, compare
 from agp_jax.rules import Rule
+from agp_jax.schedules import Schedule
 from agp_jax.trees import PyTree, flatten_with_paths
 from agp_jax.units import follows_couplings
 from agp_jax.workdirs import WorkdirError
@@ -33,15 +36,15 @@ class TensorCount(NamedTuple):
     """One convolution or dense kernel, and how much of it is left.
 
     `shape` is that before any cut. `target` is the sparsity its rule asks for: of it,
-    of all tensors of the rule or of the units that it is part of, as `target_of` says;
-    None where no rule prunes it.
+    of all tensors of the rule, of the units that it is part of or of the rest that a
+    cut has left, as `target_of` says; None where no rule prunes it.
     """
 
     path: str
     shape: tuple[int, ...]
     nonzero: int
     target: float | None
-    target_of: Literal["tensor", "rule", "units"]
+    target_of: Literal["tensor", "rule", "units", "rest"]
 
     @property
     def weights(self) -> int:
@@ -76,19 +79,26 @@ def count_weights(
             before.shape,
             int(count),
             rule.schedule.sparsity_at(step) if rule else None,
-            _target_of(rule, coupled),
+            _target_of(rule, coupled, is_cut=leaf.shape != before.shape),
         )
-        for path, before, rule, count in zip(
-            paths, whole, rules, jax.device_get(_count_nonzero(leaves)), strict=True
+        for path, leaf, before, rule, count in zip(
+            paths,
+            leaves,
+            whole,
+            rules,
+            jax.device_get(_count_nonzero(leaves)),
+            strict=True,
         )
         if before.ndim > 1
     ]
 
 
-def _target_of(rule: Rule | None, coupled: bool) -> Any:
+def _target_of(rule: Rule | None, coupled: bool, *, is_cut: bool) -> Any:
     if rule is None:
         return "tensor"
-    return "units" if coupled and follows_couplings(rule) else rule.scope
+    if follows_couplings(rule) and (coupled or is_cut):
+        return "units"
+    return "rest" if is_cut and rule.scope == "tensor" else rule.scope
 
 
 @jax.jit
@@ -104,9 +114,9 @@ def total_sparsity(counts: Sequence[TensorCount]) -> float:
 def total_target(counts: Sequence[TensorCount]) -> float | None:
     """The fraction of all counted weights that the rules ask to remove.
 
-    None where they count units, which may share weights.
+    None where they count units, which may share weights, or what a cut has left.
     """
-    if any(c.target_of == "units" for c in counts):
+    if any(c.target_of in ("units", "rest") for c in counts):
         return None
     asked = sum((c.target or 0.0) * c.weights for c in counts)
     return asked / sum(c.weights for c in counts)
@@ -195,14 +205,11 @@ def plot_metrics(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
 
 def print_table(console: Console, counts: Sequence[TensorCount]) -> None:
     """Prints a line for each tensor and one for all."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("tensor", overflow="fold")
-    for name in ("shape", "weights", "non-zero", "sparsity", "target"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _make_table("tensor", "shape", "weights", "non-zero", "sparsity", "target")
     for count in counts:
         table.add_row(
             count.path,
-            "x".join(map(str, count.shape)),
+            _describe_shape(count.shape),
             f"{count.weights:,}",
             f"{count.nonzero:,}",
             f"{count.sparsity:.2%}",
@@ -222,12 +229,122 @@ def print_table(console: Console, counts: Sequence[TensorCount]) -> None:
     console.print()
 
 
+def print_forecast(console: Console, forecast: Forecast, config: Config) -> None:
+    """Prints a plan: the events, every tensor, the totals, and what is published."""
+    schedules: dict[Schedule, list[Rule]] = {}
+    for rule in forecast.rules:
+        assert rule.schedule is not None  # it prunes
+        schedules.setdefault(rule.schedule, []).append(rule)
+    for schedule, rules in schedules.items():
+        for rule in rules:
+            console.print(f"{rule} by {rule.structure}", markup=False, soft_wrap=True)
+        console.print(_events_table(schedule, config.steps_per_epoch))
+        console.print()
+    if config.prune.cut_step:
+        epoch = config.prune.cut_step / config.steps_per_epoch
+        console.print(f"cut after step {config.prune.cut_step:,}, epoch {epoch:g}\n")
+    console.print(_tensors_table(forecast))
+    console.print()
+    console.print(_totals_table(forecast))
+    if config.published:
+        print_comparison(console, forecast, config.published)
+
+
+def _events_table(schedule: Schedule, steps_per_epoch: int) -> Table:
+    table = _make_table("  ", "step", "epoch", "sparsity")
+    for step, level in zip(*schedule.events(), strict=True):
+        epoch = f"{step / steps_per_epoch:.6g}"
+        table.add_row("", f"{step:,}", epoch, f"{level:.2%}")
+    return table
+
+
+def _tensors_table(forecast: Forecast) -> Table:
+    table = _make_table(
+        "tensor", "shape", "structure", "cells", "final shape", "non-zero", "sparsity"
+    )
+    for tensor in forecast.tensors:
+        after = tensor.after
+        table.add_row(
+            tensor.path,
+            _describe_shape(tensor.before.shape),
+            ", ".join(str(rule.structure) for rule in tensor.rules) or "dense",
+            "" if tensor.cells is None else f"{tensor.cells:,}",
+            _describe_shape(after.shape),
+            f"{after.nonzero:,}",
+            f"{1 - (after.nonzero or 0) / after.params:.2%}",
+        )
+    return table
+
+
+def _totals_table(forecast: Forecast) -> Table:
+    before, after = forecast.before, forecast.after
+    table = _make_table("convolution and dense layers", "before", "after", "kept")
+    nonzero = forecast.nonzero
+    for title, first, last in (
+        ("weights", before.weight_params, after.weight_params),
+        ("non-zero weights", before.weight_params, nonzero),
+        ("multiply-adds per image", before.macs, after.macs),
+    ):
+        table.add_row(title, f"{first:,}", f"{last:,}", f"{last / first:.4%}")
+    table.add_row("sparsity", "", f"{100 * forecast.sparsity:.5f} %", "")
+    return table
+
+
+def print_comparison(
+    console: Console, forecast: Forecast, published: Published
+) -> None:
+    """Prints published figures beside those of a forecast, and what is wrong there."""
+    table = _make_table("published", "there", "here", "")
+    for row in compare(forecast, published):
+        table.add_row(
+            row.quantity,
+            row.published,
+            row.forecast,
+            "the same" if row.agrees else "differs",
+        )
+    console.print()
+    console.print(f"published in {published.source}:", soft_wrap=True)
+    console.print(table)
+    if published.top1:
+        console.print(
+            f"published accuracy: {published.top1} % top-1"
+            + (f", {published.base_top1} % dense" if published.base_top1 else "")
+        )
+    for erratum in published.errata:
+        console.print(f"note: {erratum}", soft_wrap=True, markup=False)
+
+
+def write_plan(workdir: Path, forecast: Forecast) -> Path:
+    """Writes `plan.json`.
+
+    Raises:
+      WorkdirError: if it cannot be written.
+    """
+    path = workdir / "plan.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path, json.dumps(forecast.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise WorkdirError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def _make_table(title: str, *columns: str) -> Table:
+    """An empty table whose columns but the first hold numbers."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column(title, overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _describe_shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
 def cut_table(cut: Mapping[str, Mapping[str, float | None]]) -> Table:
     """A model before and after a cut, side by side."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("")
-    for name in cut:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _make_table("", *cut)
     for key, title, form in (
         ("weights", "convolution and dense weights", "{:,}"),
         ("params", "all parameters", "{:,}"),
@@ -244,8 +361,8 @@ def cut_table(cut: Mapping[str, Mapping[str, float | None]]) -> Table:
 def _describe_target(count: TensorCount) -> str:
     if count.target is None:
         return "dense"
-    of = {"tensor": "", "rule": " of all", "units": " of units"}[count.target_of]
-    return f"{count.target:.2%}{of}"
+    of = {"tensor": "", "rule": " of all", "units": " of units", "rest": " of rest"}
+    return f"{count.target:.2%}{of[count.target_of]}"
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ PathLike = str | os.PathLike[str]
 
 _CONFIG = "config.json"
 _CONFIG_TEMPORARY = ".config.json.tmp"
+_PLAN = "plan.json"  # may be there before the run it is of
 _SECONDS_BEHIND = 30  # that a network file system may take to show a new file
 _WRITTEN_BY = "agp_jax"  # tells our config.json from another program's
 
@@ -106,7 +107,7 @@ def _claim(workdir: Path, config: dict[str, Any]) -> bool:
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in workdir.iterdir()} - {_CONFIG_TEMPORARY}
+        names = {path.name for path in workdir.iterdir()} - {_CONFIG_TEMPORARY, _PLAN}
         if not names:
             _write_config(workdir, config)
             return False

@@ -10,11 +10,11 @@ from agp_jax.config import (
     ConfigError,
     Optimizer,
     Prune,
-    make_learning_rate,
     make_rules,
     to_dict,
     validate,
 )
+from agp_jax.descent import make_learning_rate
 
 
 def good_config(**changes):
@@ -58,7 +58,7 @@ def test_a_good_config_passes():
         ("model.name", "vgg", "config.model.name must be one of mlp, resnet20"),
         ("model.width", -1, "config.model.width"),
         ("optimizer.name", "adma", "must be one of sgd, adamw, got 'adma'"),
-        ("optimizer.decay", "exp", "must be one of cosine, steps, none"),
+        ("optimizer.decay", "exp", "must be one of cosine, steps, expo"),
         ("optimizer.learning_rate", 0.0, "config.optimizer.learning_rate"),
         ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate"),
         ("optimizer.momentum", 1.0, "config.optimizer.momentum"),

@@ -1,40 +1,62 @@
 """Each file in configs/ describes an experiment that runs."""
 
 import ast
-import importlib.util
+import dataclasses
+import importlib
+import math
+import re
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from test_loop import Stop, StopAt, run_quietly
 
 import agp_jax as agp
-from agp_jax.experiment import init_state, make_train_step, set_up
+import agp_jax.experiment
+from agp_jax import checkpoint, loop, reports
+from agp_jax.experiment import init_state, load_sources, make_train_step, set_up
+from agp_jax.models import MODELS
+from agp_jax.models.resnet import Bottleneck, ResNet
 from agp_jax.structures import any_in_boxes, box_shape
 from agp_jax.trees import flatten_with_paths
+from agp_jax.units import follows_couplings
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-
-
-def load(file):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+FILES = {
+    file.stem: file
+    for file in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+    if "def get_config" in file.read_text()
+}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-@pytest.mark.filterwarnings("ignore:.*results are not comparable")  # tiny CIFAR-10
-def test_a_step_at_the_last_event_prunes_as_asked(file, digits_dir, cifar_dir):
-    config = load(file)
-    is_digits = config.data.name == "digits"
-    config.data.dir = digits_dir if is_digits else cifar_dir
+def load(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+PUBLISHED = [name for name in FILES if load(name).published]
+OWN = [name for name in FILES if name not in PUBLISHED]
+
+# Small data is no news here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*results are not comparable")
+
+
+@pytest.fixture
+def data_dirs(digits_dir, cifar_dir, imagenet_dir):
+    return {"digits": digits_dir, "cifar10": cifar_dir, "imagenet2012": imagenet_dir}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_step_at_the_last_event_prunes_as_asked(name, data_dirs):
+    config = load(name)
+    config.data.dir = data_dirs[config.data.name]
     config.batch_size = 16
     config.model.width = 8
     experiment = set_up(config)
     state = init_state(experiment)
     last = config.prune.end_step
     state = state._replace(opt_state=state.opt_state._replace(step=np.int32(last - 1)))
-    batch = experiment.train_source[np.arange(16)]
+    batch = load_sources(experiment).train[np.arange(16)]
     state, _ = make_train_step(experiment)(state, batch)
 
     removed, cells = {}, {}
@@ -58,9 +80,94 @@ def pruned_tensors(experiment, state):
             yield path, rule, np.asarray(mask), np.asarray(leaf)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_docstring_has_the_command(file):
-    docstring = ast.get_docstring(ast.parse(file.read_text()))
-    name = f"--config=configs/{file.name}"
+EPOCHS_PER_STEP = 16
+
+# As deep as the rules of the configs go: they name the first two blocks of each stage.
+SHALLOW = {
+    "resnet50": lambda classes, width: ResNet(classes, (2, 2, 2, 2), Bottleneck, width),
+    "resnext101": lambda classes, width: ResNet(
+        classes, (1, 1, 1, 1), partial(Bottleneck, groups=width // 2, inner=2), width
+    ),
+}
+
+
+def in_miniature(config, data_dirs):
+    """The experiment with narrow layers, small images, and a step for 16 epochs."""
+    epoch = EPOCHS_PER_STEP * config.steps_per_epoch
+
+    def shrink(steps):
+        return math.ceil(steps / epoch)
+
+    def shrink_rule(rule):
+        if rule.schedule is None:
+            return rule
+        schedule = dataclasses.replace(
+            rule.schedule,
+            begin_step=shrink(rule.schedule.begin_step),
+            end_step=shrink(rule.schedule.end_step),
+            frequency=1,
+        )
+        return dataclasses.replace(rule, schedule=schedule)
+
+    is_imagenet = config.data.name == "imagenet2012"
+    config.data.dir = data_dirs[config.data.name]
+    config.data.image_size = 64 * is_imagenet
+    config.model.width = 8
+    config.model.weights = ""
+    config.batch_size = 8
+    config.steps = shrink(config.steps)
+    config.log_every = config.checkpoint_every = 1
+    config.prune.rules = tuple(map(shrink_rule, config.prune.rules))
+    config.prune.cut_step = shrink(config.prune.cut_step)
+    config.lasso.end_step = shrink(config.lasso.end_step)
+    optimizer = config.optimizer
+    optimizer.decay_at = tuple(map(shrink, optimizer.decay_at))
+    for name in ("decay_every", "decay_begin", "decay_end"):
+        setattr(optimizer, name, shrink(getattr(optimizer, name)))
+    return config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_run_in_miniature(name, data_dirs, tmp_path, monkeypatch):
+    """Through events, cut, evaluation, checkpoint and resume to the final sparsity."""
+    config = in_miniature(load(name), data_dirs)
+    if make := SHALLOW.get(config.model.name):
+        monkeypatch.setitem(MODELS, config.model.name, (make, 64))
+    # One device: a program for eight takes half as long again to compile.
+    one = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
+    monkeypatch.setattr(agp_jax.experiment, "make_mesh", lambda fsdp: one)
+
+    cut_step = config.prune.cut_step
+    with pytest.raises(Stop):
+        loop.run(config, tmp_path, StopAt(cut_step or 3))
+    summary = run_quietly(config, tmp_path)
+    records = reports.read_metrics(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, config.steps + 1))
+    assert all(np.isfinite(r["loss"]) for r in records)
+    assert (summary["cut"] is not None) == (cut_step > 0)
+
+    params = checkpoint.restore_variables(tmp_path, step="latest")["params"]
+    paths, leaves, _ = flatten_with_paths(params)
+    pruned = 0
+    for path, leaf in zip(paths, leaves, strict=True):
+        rules = [r for r in config.prune.rules if re.fullmatch(r.pattern, path)]
+        if rules and rules[0].structure and not follows_couplings(rules[0]):
+            box = box_shape(rules[0].structure, leaf.shape)
+            alive = any_in_boxes(np.asarray(leaf) != 0, box)
+            level = rules[0].schedule.final_sparsity
+            assert (~alive).sum() == int(level * alive.size), path
+            pruned += 1
+    assert pruned or cut_step
+    if cut_step:
+        after, before = (
+            summary["cut"][when]["weights"] for when in ("after", "before")
+        )
+        assert after < before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_docstring_has_the_command(name):
+    docstring = ast.get_docstring(ast.parse(FILES[name].read_text()))
     assert "python train.py" in docstring
-    assert name in docstring or file.stem == "digits_resnet20_element_90"
+    option = f"--config=configs/{name}.py"
+    assert option in docstring or name == "digits_resnet20_element_90"

@@ -24,7 +24,9 @@ from agp_jax.config import (
     Optimizer,
     Prune,
 )
-from agp_jax.experiment import init_state, set_up
+from agp_jax.experiment import as_variables, init_state, read_weights, set_up
+from agp_jax.models.torch_weights import WeightsError, published_names
+from agp_jax.trees import flatten_with_paths
 from agp_jax.workdirs import WorkdirError
 
 ROOT = Path(__file__).parents[1]
@@ -395,7 +397,10 @@ def test_a_divided_state_is_cut_where_it_lies(digits_dir, tmp_path):
             "or a multiple of log_every .5. from the last event .step",
         ),
         (dict(cut_step=22), "or a multiple of log_every"),
-        (dict(coupled=False), "config.prune.coupled=True"),
+        (
+            dict(rules=(agp.Rule(".*/kernel", agp.element()),)),
+            "no rule of config.prune.rules prunes any",
+        ),
         (dict(rules=(agp.Rule(".*/kernel", agp.filters()),)), "prunes head/kernel"),
         (dict(round_to=0), "config.prune.round_to must be at least 1"),
     ],
@@ -406,3 +411,76 @@ def test_a_cut_that_cannot_be_is_refused_first(digits_dir, tmp_path, changes, me
         setattr(config.prune, name, value)
     with pytest.raises(ConfigError, match=message):
         run_quietly(config, tmp_path)
+
+
+def test_rules_take_turns_at_the_cut(digits_dir, tmp_path):
+    config = cut_config(digits_dir, steps=40)
+    later = agp.polynomial_schedule(0.75, begin_step=25, end_step=35, frequency=5)
+    config.prune.rules += (agp.Rule("hidden1/kernel", agp.element(), later),)
+    with pytest.raises(ConfigError, match="an earlier rule takes"):
+        set_up(config)  # what filters leave must be said before them, or it is a slip
+    config.prune.rules = (
+        agp.Rule("head/kernel"),
+        agp.Rule("hidden.*/kernel", agp.filters()),
+        agp.Rule("hidden1/.*", agp.element(), later),
+    )
+    summary = run_quietly(config, tmp_path)
+    assert summary["cut"]["after"]["weights"] == 64 * 16 + 16 * 8 + 8 * 10
+    variables = checkpoint.restore_variables(tmp_path, step="latest")
+    kernel = np.asarray(variables["params"]["hidden1"]["kernel"])
+    assert kernel.shape == (16, 8) and (kernel != 0).sum() == 16 * 8 // 4
+
+
+def test_without_couplings_a_cut_takes_what_masked_filters_added(digits_dir, tmp_path):
+    config = cut_config(digits_dir)
+    config.prune.coupled = False
+    summary = run_quietly(config, tmp_path)
+    before, after = summary["cut"]["before"], summary["cut"]["after"]
+    assert after["weights"] == 64 * 16 + 16 * 8 + 8 * 10
+    # The biases of masked features still acted before the cut.
+    records = reports.read_metrics(tmp_path)
+    (at_cut,) = (r for r in records if "masked_test_accuracy" in r)
+    assert before["test_accuracy"] == at_cut["masked_test_accuracy"]
+
+
+def test_the_best_checkpoint_is_chosen_by_what_was_held_out(digits_dir, tmp_path):
+    config = tiny_config(digits_dir)
+    config.data.hold_out = 0.25
+    assert config.steps_per_epoch == 16  # 1,347 - 336 images by 64
+    summary = run_quietly(config, tmp_path)
+    records = reports.read_metrics(tmp_path)
+    judged = {r["step"]: r["validation_accuracy"] for r in records if r["step"] >= 20}
+    assert judged[summary["best_step"]] == max(judged.values())
+    assert all(0 < r["validation_loss"] < 5 > r["test_loss"] for r in records)
+
+
+@pytest.mark.filterwarnings("ignore:.*results are not comparable")  # tiny CIFAR-10
+def test_a_run_starts_from_published_weights(cifar_dir, tmp_path):
+    config = Config(
+        data=Data(name="cifar10", dir=cifar_dir),
+        model=Model(name="resnet20_projection", width=8),
+        prune=Prune(enabled=False),
+    )
+    variables = init_state(set_up(config))
+    paths, leaves, _ = flatten_with_paths(as_variables(variables))
+    names = published_names("resnet20_projection", as_variables(variables))
+    swap = {2: (1, 0), 4: (3, 2, 0, 1)}
+    arrays = {
+        names[path]: np.asarray(leaf).transpose(swap.get(leaf.ndim)) + 1
+        for path, leaf in zip(paths, leaves, strict=True)
+    }
+    np.savez(tmp_path / "weights.npz", **arrays)
+    config.model.weights = str(tmp_path / "weights.npz")
+    experiment = set_up(config)
+    started = as_variables(init_state(experiment, read_weights(experiment)))
+    expected = jax.tree.map(lambda x: x + 1, as_variables(variables))
+    assert_same_bits(started, expected)
+
+    config.model.weights = str(tmp_path / "nowhere.npz")
+    with pytest.raises(WeightsError, match="nowhere.npz is no file.*--config.model.w"):
+        run_quietly(config, tmp_path / "run")
+    config.model.weights = str(tmp_path / "weights.npz")
+    config.model.width = 16
+    with pytest.raises(WeightsError, match="does not fit.*misshapen"):
+        run_quietly(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ from test_loop import tiny_config
 
 import agp_jax as agp
 from agp_jax.config import ConfigError, Devices, Optimizer
-from agp_jax.experiment import init_state, make_train_step, set_up
+from agp_jax.experiment import init_state, load_sources, make_train_step, set_up
 from agp_jax.meshes import make_mesh, place, put_batch
 from agp_jax.trees import flatten_with_paths
 
@@ -70,13 +70,14 @@ def test_training_keeps_every_array_where_it_was_born(digits_dir, fsdp, optimize
         optimizer=Optimizer(name=optimizer, learning_rate=0.01),
     )
     experiment = set_up(config)
+    source = load_sources(experiment).train
     state, train_step = init_state(experiment), make_train_step(experiment)
     shardings = functools.partial(jax.tree.map, lambda x: x.sharding)
     born = shardings(state)
     assert born == shardings(experiment.shapes)
     for step in range(11):  # events are at 5 and 10
         rows = np.arange(64 * step, 64 * (step + 1))
-        batch = put_batch(experiment.train_source[rows], experiment.mesh)
+        batch = put_batch(source[rows], experiment.mesh)
         state, metrics = train_step(state, batch)
         assert shardings(state) == born
     assert train_step._cache_size() == 1

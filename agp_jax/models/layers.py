@@ -13,7 +13,8 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-Norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+NORM_EPSILON = 1e-5
+Norm = partial(nn.BatchNorm, momentum=0.9, epsilon=NORM_EPSILON)
 
 
 class Conv(nn.Module):

@@ -1,0 +1,250 @@
+"""What an experiment will end with, found without data or training.
+
+Every number is counted on masks that `make_masks` has made and on what `thin` has left,
+of weights drawn at random: which weights go depends on them, how many does not.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from agp_jax.config import Published, last_event
+from agp_jax.costs import Cost, LeafCost, measure_cost
+from agp_jax.experiment import (
+    Experiment,
+    as_variables,
+    cost_before,
+    cut_experiment,
+    cut_of_masks,
+)
+from agp_jax.masks import apply_masks, make_masks
+from agp_jax.models.torch_weights import published_names
+from agp_jax.rules import Rule
+from agp_jax.structures import num_cells
+from agp_jax.thinning import thin
+from agp_jax.trees import PyTree, flatten_with_paths
+
+
+class TensorForecast(NamedTuple):
+    """A convolution or dense kernel, before any cut and in the end.
+
+    Attributes:
+      path: our name.
+      published_name: that of the tensor in published tables; None if there is none.
+      rules: those that prune it, the first until a cut.
+      cells: how many cells it is divided into by the first of them, before any cut.
+      before: its shape and cost before any cut.
+      after: its shape, cost and non-zero weights in the end.
+    """
+
+    path: str
+    published_name: str | None
+    rules: tuple[Rule, ...]
+    cells: int | None
+    before: LeafCost
+    after: LeafCost
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What an experiment will end with.
+
+    Attributes:
+      rules: those that prune, in their order.
+      tensors: every convolution and dense kernel: what published results count.
+      before: the cost of the model for one image, before any cut.
+      after: the same in the end, with non-zero weights.
+    """
+
+    rules: tuple[Rule, ...]
+    tensors: tuple[TensorForecast, ...]
+    before: Cost
+    after: Cost
+
+    @property
+    def nonzero(self) -> int:
+        """How many weights are not zero in the end."""
+        assert self.after.nonzero_weights is not None  # it was counted
+        return self.after.nonzero_weights
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros among the weights after any cut."""
+        return 1.0 - self.nonzero / self.after.weight_params
+
+    def to_dict(self) -> dict[str, Any]:
+        """The forecast as JSON values, the sparsity in percent."""
+        return {
+            "params_dense": self.before.weight_params,
+            "params": self.after.weight_params,
+            "nonzero": self.nonzero,
+            "sparsity": 100 * self.sparsity,
+            "macs_dense": self.before.macs,
+            "macs": self.after.macs,
+            "rules": [_describe_rule(rule) for rule in self.rules],
+            "tensors": [
+                {
+                    "path": tensor.path,
+                    "published_name": tensor.published_name,
+                    "rules": [rule.pattern for rule in tensor.rules],
+                    "cells": tensor.cells,
+                    "shape_dense": list(tensor.before.shape),
+                    "shape": list(tensor.after.shape),
+                    "nonzero": tensor.after.nonzero,
+                }
+                for tensor in self.tensors
+            ],
+        }
+
+
+def _describe_rule(rule: Rule) -> dict[str, Any]:
+    assert rule.schedule is not None  # it prunes
+    steps, levels = rule.schedule.events()
+    return {
+        "pattern": rule.pattern,
+        "structure": str(rule.structure),
+        "steps": steps.tolist(),
+        "sparsities": levels.tolist(),
+    }
+
+
+def make_forecast(experiment: Experiment) -> Forecast:
+    """What `experiment`, of which nothing has been cut yet, will end with.
+
+    With `scope="rule"` the counts of single tensors are those of random weights; their
+    sum is exact.
+    """
+    first, cut_step = experiment, experiment.config.prune.cut_step
+    params = _draw(experiment.original["params"])
+    masks, begin = _keep_all(experiment), 0
+    if experiment.couplings and cut_step:
+        masks = _prune(experiment, params, masks, 0, cut_step)
+        cut, begin = cut_of_masks(experiment, masks), cut_step + 1
+        experiment = cut_experiment(experiment, cut)
+        params, masks = (thin(tree, cut.subtree("params")) for tree in (params, masks))
+    masks = _prune(experiment, params, masks, begin, experiment.config.steps)
+    variables = as_variables(experiment.shapes)
+    variables["params"] = apply_masks(params, masks)
+    image = jax.ShapeDtypeStruct((1, *experiment.dataset.image_shape), np.float32)
+    before = cost_before(first)
+    after = measure_cost(experiment.predict, variables, image)
+    return Forecast(
+        rules=tuple(rule for rule in first.rules if rule.structure),
+        tensors=_pair(first, experiment, before, after),
+        before=before,
+        after=after,
+    )
+
+
+def _draw(shapes: PyTree) -> PyTree:
+    """Random weights, none of them zero."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.random(x.shape, np.float32) + 1, shapes)
+
+
+def _keep_all(experiment: Experiment) -> PyTree:
+    """Masks before any event."""
+    params = experiment.original["params"]
+    make = functools.partial(_make_masks, experiment)
+    shapes = jax.eval_shape(make, params, None, np.int32(0))
+    return jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+
+
+def _prune(
+    experiment: Experiment, params: PyTree, masks: PyTree, first: int, last: int
+) -> PyTree:
+    """The masks after the events of the steps from `first` to `last`.
+
+    Of the events of a rule it is enough to make the last one.
+    """
+    make = jax.jit(functools.partial(_make_masks, experiment))
+    ends = {last_event([rule]) for rule in experiment.rules if rule.schedule}
+    for step in sorted({min(end, last) for end in ends if end >= first}):
+        masks = make(params, masks, np.int32(step))
+    return masks
+
+
+def _make_masks(
+    experiment: Experiment, params: PyTree, masks: PyTree, step: Any
+) -> PyTree:
+    return make_masks(
+        params, experiment.rules, step, masks, couplings=experiment.ranking
+    )
+
+
+def _pair(
+    first: Experiment, last: Experiment, before: Cost, after: Cost
+) -> tuple[TensorForecast, ...]:
+    names = _published_names(first)
+    start = "params/"
+    rules: dict[str, tuple[Rule, ...]] = {}
+    for experiment in (first, last):
+        paths, _, treedef = flatten_with_paths(experiment.shapes.params)
+        matched = treedef.flatten_up_to(experiment.matched)
+        for path, rule in zip(paths, matched, strict=True):
+            known = rules.setdefault(path, ())
+            if rule is not None and rule not in known:
+                rules[path] = (*known, rule)
+    end = {leaf.path: leaf for leaf in after.leaves}
+    tensors = []
+    for leaf in before.weights:
+        path = leaf.path.removeprefix(start)
+        structure = rules[path][0].structure if rules[path] else None
+        tensors.append(
+            TensorForecast(
+                path=path,
+                published_name=names.get(leaf.path),
+                rules=rules[path],
+                cells=num_cells(structure, leaf.shape) if structure else None,
+                before=leaf,
+                after=end[leaf.path],
+            )
+        )
+    return tuple(tensors)
+
+
+def _published_names(experiment: Experiment) -> dict[str, str]:
+    try:
+        return published_names(experiment.config.model.name, experiment.original)
+    except ValueError:  # a model that nobody has published weights of
+        return {}
+
+
+class Comparison(NamedTuple):
+    """A published figure and ours, written alike."""
+
+    quantity: str
+    published: str
+    forecast: str
+
+    @property
+    def agrees(self) -> bool:
+        return self.published == self.forecast
+
+
+def compare(forecast: Forecast, published: Published) -> list[Comparison]:
+    """The published figures that a forecast can be held against."""
+    before, after = forecast.before, forecast.after
+    params_kept = after.weight_params / before.weight_params
+    percentages = {
+        "zero weights (%)": (published.sparsity, forecast.sparsity),
+        "weights kept (%)": (published.params_kept, params_kept),
+        "multiply-adds kept (%)": (published.compute_kept, after.macs / before.macs),
+    }
+    counts = {
+        "weights": (published.params, after.weight_params),
+        "non-zero weights": (published.nonzero, forecast.nonzero),
+        "multiply-adds": (published.macs, after.macs),
+    }
+    rows = []
+    for quantity, (theirs, ours) in percentages.items():
+        if theirs is not None:
+            decimals = len(theirs.partition(".")[2])
+            rows.append(Comparison(quantity, theirs, f"{100 * ours:.{decimals}f}"))
+    for quantity, (theirs, ours) in counts.items():
+        if theirs is not None:
+            rows.append(Comparison(quantity, f"{theirs:,}", f"{ours:,}"))
+    return rows
