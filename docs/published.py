@@ -1,0 +1,114 @@
+"""Writes the tables of docs/published.md: published figures beside ours.
+
+    python docs/published.py
+
+Each row is the plan of a config, as `train.py --plan` makes it.
+"""
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from agp_jax.config import Config, Published  # noqa: E402
+from agp_jax.experiment import set_up  # noqa: E402
+from agp_jax.forecasts import Forecast, compare, make_forecast  # noqa: E402
+
+PAGE = ROOT / "docs" / "published.md"
+BEGIN, END = "<!-- python docs/published.py -->\n", "<!-- end of tables -->\n"
+
+ROWS = (
+    "alexnet_element_88",
+    "alexnet_hybrid_2dreg",
+    "mobilenet_element_52",
+    "resnext101_element_75",
+    "resnet18_element_60",
+    "resnet50_element_26",
+    "resnet50_element_80",
+    "resnet50_element_85",
+    "resnet50_block_1x1x8",
+    "resnet50_filters_1",
+    "resnet50_filters_2",
+    "resnet50_filters_3",
+    "resnet50_filters_fc",
+    "resnet20_filters_1",
+    "resnet20_filters_bnfold",
+    "resnet20_filters_2",
+    "resnet20_filters_3",
+    "resnet20_filters_4",
+)
+
+
+def load(name: str) -> Config:
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def render(forecasts: Mapping[str, Forecast]) -> str:
+    """The tables and notes, as Markdown."""
+    lines = [
+        "| config | weights | after the cut | non-zero | sparsity | multiply-adds "
+        "| after the cut |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, forecast in forecasts.items():
+        before, after = forecast.before, forecast.after
+        cut = after.weight_params < before.weight_params
+        params = f"{after.weight_params:,} ({_kept(after, before)})" if cut else "-"
+        macs = f"{after.macs:,} ({after.macs / before.macs:.2%})" if cut else "-"
+        lines.append(
+            f"| `{name}` | {before.weight_params:,} | {params} | {forecast.nonzero:,} "
+            f"| {100 * forecast.sparsity:.5f} % | {before.macs:,} | {macs} |"
+        )
+    lines += [
+        "",
+        "| config | published in | top-1 (dense) | figures | |",
+        "|---|---|---|---|---|",
+    ]
+    for name, forecast in forecasts.items():
+        published = _published(name)
+        rows = compare(forecast, published)
+        same = ", ".join(
+            f"{row.quantity} {row.published}" for row in rows if row.agrees
+        )
+        other = ", ".join(
+            f"{row.quantity} {row.published}, here {row.forecast}"
+            for row in rows
+            if not row.agrees
+        )
+        lines.append(
+            f"| `{name}` | {published.source} | {published.top1} "
+            f"({published.base_top1}) | the same: {same} "
+            f"| {f'differs: {other}' if other else ''} |"
+        )
+    lines += ["", "What is wrong in the published figures:", ""]
+    for name in forecasts:
+        lines += [f"- `{name}`: {erratum}." for erratum in _published(name).errata]
+    return "\n".join(lines) + "\n"
+
+
+def _published(name: str) -> Published:
+    published = load(name).published
+    assert published is not None  # or it would be no row
+    return published
+
+
+def _kept(after, before) -> str:
+    return f"{after.weight_params / before.weight_params:.2%}"
+
+
+def main() -> None:
+    forecasts = {}
+    for name in ROWS:
+        print(name, file=sys.stderr)
+        forecasts[name] = make_forecast(set_up(load(name)))
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(before + BEGIN + render(forecasts) + END + after)
+
+
+if __name__ == "__main__":
+    main()
