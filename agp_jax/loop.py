@@ -107,7 +107,10 @@ def show_plan(
       ConfigError: if the config is not fit to run.
       WorkdirError: if `plan.json` cannot be written.
     """
-    console = console or Console()
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console.width = 120  # tables in a file keep paths whole
     forecast = make_forecast(set_up(config))
     reports.print_forecast(console, forecast, config)
     if workdir is not None:

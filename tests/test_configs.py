@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from test_loop import Stop, StopAt, run_quietly
 
 import agp_jax as agp
@@ -18,7 +19,7 @@ import agp_jax.experiment
 from agp_jax import checkpoint, loop, reports
 from agp_jax.experiment import init_state, load_sources, make_train_step, set_up
 from agp_jax.models import MODELS
-from agp_jax.models.resnet import Bottleneck, ResNet
+from agp_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from agp_jax.structures import any_in_boxes, box_shape
 from agp_jax.trees import flatten_with_paths
 from agp_jax.units import follows_couplings
@@ -82,13 +83,17 @@ def pruned_tensors(experiment, state):
 
 EPOCHS_PER_STEP = 16
 
-# As deep as the rules of the configs go: they name the first two blocks of each stage.
-SHALLOW = {
-    "resnet50": lambda classes, width: ResNet(classes, (2, 2, 2, 2), Bottleneck, width),
-    "resnext101": lambda classes, width: ResNet(
-        classes, (1, 1, 1, 1), partial(Bottleneck, groups=width // 2, inner=2), width
-    ),
-}
+
+def make_shallow(config):
+    """As deep as the rules go: with those blocks of each stage that they name."""
+    named = any("block1" in rule.pattern for rule in config.prune.rules)
+    blocks = (2, 2, 2, 2) if named else (1, 1, 1, 1)
+    block = {
+        "resnet18": BasicBlock,
+        "resnet50": Bottleneck,
+        "resnext101": partial(Bottleneck, groups=4, inner=2),
+    }[config.model.name]
+    return lambda classes, width: ResNet(classes, blocks, block, width)
 
 
 def in_miniature(config, data_dirs):
@@ -131,10 +136,11 @@ def in_miniature(config, data_dirs):
 def test_a_published_run_in_miniature(name, data_dirs, tmp_path, monkeypatch):
     """Through events, cut, evaluation, checkpoint and resume to the final sparsity."""
     config = in_miniature(load(name), data_dirs)
-    if make := SHALLOW.get(config.model.name):
-        monkeypatch.setitem(MODELS, config.model.name, (make, 64))
+    if config.model.name in ("resnet18", "resnet50", "resnext101"):
+        shallow = make_shallow(config), config.model.width
+        monkeypatch.setitem(MODELS, config.model.name, shallow)
     # One device: a program for eight takes half as long again to compile.
-    one = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
+    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
     monkeypatch.setattr(agp_jax.experiment, "make_mesh", lambda fsdp: one)
 
     cut_step = config.prune.cut_step
