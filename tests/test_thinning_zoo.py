@@ -220,8 +220,11 @@ def cut_in_half(fn, variables, inputs, seed=0):
     return masks, agp.plan_cut(masks, couplings)
 
 
+# Helpers compute in NumPy: JAX would compile each operation for each shape.
 def apply_masks(variables, masks):
-    return jax.tree.map(lambda x, kept: x * kept.astype(x.dtype), variables, masks)
+    return jax.tree.map(
+        lambda x, kept: jnp.asarray(np.asarray(x) * np.asarray(kept)), variables, masks
+    )
 
 
 def outputs_and_gradients(fn, variables, inputs, differentiate):
@@ -245,11 +248,14 @@ def outputs_and_gradients(fn, variables, inputs, differentiate):
 def assert_close(found, expected, tolerance):
     """Equal to `tolerance`, relative to the largest number in the tree."""
     paths, wanted, _ = flatten_with_paths(expected)
-    largest = max(float(jnp.max(jnp.abs(x), initial=0)) for x in wanted)
+    found, wanted = (
+        [np.asarray(x) for x in leaves] for leaves in (jax.tree.leaves(found), wanted)
+    )
+    largest = max(float(np.max(np.abs(x), initial=0)) for x in wanted)
     assert np.isfinite(largest)
-    for path, x, y in zip(paths, jax.tree.leaves(found), wanted, strict=True):
+    for path, x, y in zip(paths, found, wanted, strict=True):
         assert x.shape == y.shape, path
-        error = float(jnp.max(jnp.abs(x - y), initial=0)) / largest
+        error = float(np.max(np.abs(x - y), initial=0)) / largest
         assert error <= tolerance, f"{path} differs by {error:.2g}"
 
 

@@ -33,7 +33,7 @@ def draw(shapes, seed=0):
         else:
             fan_in = np.prod(like.shape[:-1]) if len(like.shape) > 1 else 8
             numbers = numbers / np.sqrt(max(fan_in, 1))
-        return jnp.asarray(numbers, jnp.float32)
+        return jnp.asarray(numbers.astype(np.float32))
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
@@ -45,7 +45,7 @@ def weights(seed=0, /, **shapes):
 
 def numbers(*shape, seed=1):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return jnp.asarray(rng.standard_normal(shape).astype(np.float32))
 
 
 def tokens(*shape, vocabulary=16):
