@@ -6,6 +6,7 @@ of weights drawn at random: which weights go depends on them, how many does not.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -192,18 +193,23 @@ def _pair(
     tensors = []
     for leaf in before.weights:
         path = leaf.path.removeprefix(start)
-        structure = rules[path][0].structure if rules[path] else None
         tensors.append(
             TensorForecast(
                 path=path,
                 published_name=names.get(leaf.path),
                 rules=rules[path],
-                cells=num_cells(structure, leaf.shape) if structure else None,
+                cells=_count_cells(rules[path][0], leaf) if rules[path] else None,
                 before=leaf,
                 after=end[leaf.path],
             )
         )
     return tuple(tensors)
+
+
+def _count_cells(rule: Rule, leaf: LeafCost) -> int:
+    assert rule.structure is not None  # it prunes
+    rows, tensor = leaf.shape[: rule.stacked_axes], leaf.shape[rule.stacked_axes :]
+    return math.prod(rows) * num_cells(rule.structure, tensor)
 
 
 def _published_names(experiment: Experiment) -> dict[str, str]:
