@@ -5,7 +5,6 @@ of weights drawn at random: which weights go depends on them, how many does not.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from agp_jax.experiment import (
 )
 from agp_jax.masks import apply_masks, make_masks
 from agp_jax.models.torch_weights import published_names
+from agp_jax.optimizer import get_masks
 from agp_jax.rules import Rule
 from agp_jax.structures import num_cells
 from agp_jax.thinning import thin
@@ -148,9 +148,9 @@ def _draw(shapes: PyTree) -> PyTree:
 
 def _keep_all(experiment: Experiment) -> PyTree:
     """Masks before any event."""
-    params = experiment.original["params"]
-    make = functools.partial(_make_masks, experiment)
-    shapes = jax.eval_shape(make, params, None, np.int32(0))
+    if not experiment.rules:
+        return {}
+    shapes = get_masks(experiment.shapes.opt_state)
     return jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
 
 
@@ -161,19 +161,17 @@ def _prune(
 
     Of the events of a rule it is enough to make the last one.
     """
-    make = jax.jit(functools.partial(_make_masks, experiment))
+
+    @jax.jit
+    def make(params: PyTree, masks: PyTree, step: Any) -> PyTree:
+        return make_masks(
+            params, experiment.rules, step, masks, couplings=experiment.ranking
+        )
+
     ends = {last_event([rule]) for rule in experiment.rules if rule.schedule}
     for step in sorted({min(end, last) for end in ends if end >= first}):
         masks = make(params, masks, np.int32(step))
     return masks
-
-
-def _make_masks(
-    experiment: Experiment, params: PyTree, masks: PyTree, step: Any
-) -> PyTree:
-    return make_masks(
-        params, experiment.rules, step, masks, couplings=experiment.ranking
-    )
 
 
 def _pair(
