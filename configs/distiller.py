@@ -46,6 +46,21 @@ def imagenet(
     )
 
 
+def resnet50_filters(
+    *, rules: tuple[agp.Rule, ...], published: Published, decay_end: int = 80
+) -> Config:
+    """An example of ResNet-50 whose filters are cut out after epoch 31 of 100."""
+    return imagenet(
+        "resnet50",
+        weights="resnet50.safetensors",
+        epochs=100,
+        optimizer=exponential(0.0005, 0.95, start=40, end=decay_end),
+        rules=rules,
+        cut_epoch=31,
+        published=published,
+    )
+
+
 def cifar10(
     *,
     learning_rate: float,

@@ -21,19 +21,29 @@ import agp_jax as agp
 from agp_jax.config import Config, Published
 from configs import distiller
 
+SECOND_STAGE = distiller.pruner(
+    "stage2/.*/kernel", agp.filters(), (0.1, 0.5), (0, 30, 2)
+)
+LAST_BLOCKS = distiller.pruner(
+    "stage3/block[12]/.*/kernel", agp.element(), (0.05, 0.7), (30, 50, 2)
+)
+# Whole inputs of the classifier, as blocks: these are not cut out.
+CLASSIFIER = distiller.pruner(
+    "head/kernel", agp.block((1, 10)), (0.05, 0.5), (30, 50, 2)
+)
+NO_LEADER = (
+    "the residual stream of the second stage is pruned without a leader: its "
+    "convolutions lose different channels, and their sum mixes them"
+)
+
 
 def get_config() -> Config:
     return distiller.cifar10(
         learning_rate=0.4,
         rules=(
-            distiller.pruner("stage2/.*/kernel", agp.filters(), (0.1, 0.5), (0, 30, 2)),
-            distiller.pruner(
-                "stage3/block[12]/.*/kernel", agp.element(), (0.05, 0.7), (30, 50, 2)
-            ),
-            # Whole inputs of the classifier, as blocks: these are not cut out.
-            distiller.pruner(
-                "head/kernel", agp.block((1, 10)), (0.05, 0.5), (30, 50, 2)
-            ),
+            SECOND_STAGE,
+            LAST_BLOCKS,
+            CLASSIFIER,
         ),
         cut_epoch=30,
         published=Published(
@@ -46,8 +56,7 @@ def get_config() -> Config:
             errata=(
                 "120,000 / 270,896 weights are 44.3 %; the published 55.7 % is what is "
                 "gone",
-                "the residual stream of the second stage is pruned without a leader: "
-                "its convolutions lose different channels, and their sum mixes them",
+                NO_LEADER,
             ),
         ),
     )

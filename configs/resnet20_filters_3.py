@@ -20,23 +20,19 @@ checkpoint_trained_dense.pth.tar of Distiller's repository, in the current direc
 import agp_jax as agp
 from agp_jax.config import Config, Published
 from configs import distiller
+from configs.resnet20_filters_1 import CLASSIFIER, LAST_BLOCKS, NO_LEADER, SECOND_STAGE
 
 
 def get_config() -> Config:
     return distiller.cifar10(
         learning_rate=0.4,
         rules=(
-            distiller.pruner("stage2/.*/kernel", agp.filters(), (0.1, 0.5), (0, 30, 2)),
+            SECOND_STAGE,
             distiller.pruner(
                 "stage3/block0/conv[12]/kernel", agp.element(), (0.05, 0.5), (30, 50, 2)
             ),
-            distiller.pruner(
-                "stage3/block[12]/.*/kernel", agp.element(), (0.05, 0.7), (30, 50, 2)
-            ),
-            # Whole inputs of the classifier, as blocks: these are not cut out.
-            distiller.pruner(
-                "head/kernel", agp.block((1, 10)), (0.05, 0.5), (30, 50, 2)
-            ),
+            LAST_BLOCKS,
+            CLASSIFIER,
         ),
         cut_epoch=32,
         published=Published(
@@ -50,8 +46,7 @@ def get_config() -> Config:
                 "95,922 and 30,433,920 are of another run, in which three more filters "
                 "of the third stage had died: 96,960 - 3 * 346 and 30,655,104 - "
                 "3 * 73,728; the file's own table says 96,960",
-                "the residual stream of the second stage is pruned without a leader: "
-                "its convolutions lose different channels, and their sum mixes them",
+                NO_LEADER,
             ),
         ),
     )

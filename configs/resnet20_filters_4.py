@@ -19,24 +19,20 @@ checkpoint_trained_dense.pth.tar of Distiller's repository, in the current direc
 import agp_jax as agp
 from agp_jax.config import Config, Published
 from configs import distiller
+from configs.resnet20_filters_1 import CLASSIFIER, LAST_BLOCKS, NO_LEADER, SECOND_STAGE
 
 
 def get_config() -> Config:
     return distiller.cifar10(
         learning_rate=0.3,
         rules=(
-            distiller.pruner("stage2/.*/kernel", agp.filters(), (0.1, 0.5), (0, 30, 2)),
+            SECOND_STAGE,
             # The leader: it alone ranks the channels that its group loses.
             distiller.pruner(
                 "stage3/block0/conv2/kernel", agp.filters(), (0.1, 0.5), (0, 30, 2)
             ),
-            distiller.pruner(
-                "stage3/block[12]/.*/kernel", agp.element(), (0.05, 0.7), (30, 50, 2)
-            ),
-            # Whole inputs of the classifier, as blocks: these are not cut out.
-            distiller.pruner(
-                "head/kernel", agp.block((1, 10)), (0.05, 0.5), (30, 50, 2)
-            ),
+            LAST_BLOCKS,
+            CLASSIFIER,
         ),
         cut_epoch=32,
         published=Published(
@@ -46,9 +42,6 @@ def get_config() -> Config:
             macs=24_723_776,
             top1="90.89",
             base_top1="91.78",
-            errata=(
-                "the residual stream of the second stage is pruned without a leader: "
-                "its convolutions lose different channels, and their sum mixes them",
-            ),
+            errata=(NO_LEADER,),
         ),
     )

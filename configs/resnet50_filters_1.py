@@ -21,19 +21,14 @@ import agp_jax as agp
 from agp_jax.config import Config, Published
 from configs import distiller
 
+INNER_CONVOLUTIONS = distiller.pruner(
+    "stage.*/conv[12]/kernel", agp.filters(), (0.05, 0.5), (0, 30, 1)
+)
+
 
 def get_config() -> Config:
-    return distiller.imagenet(
-        "resnet50",
-        weights="resnet50.safetensors",
-        epochs=100,
-        optimizer=distiller.exponential(0.0005, 0.95, start=40, end=80),
-        rules=(
-            distiller.pruner(
-                "stage.*/conv[12]/kernel", agp.filters(), (0.05, 0.5), (0, 30, 1)
-            ),
-        ),
-        cut_epoch=31,
+    return distiller.resnet50_filters(
+        rules=(INNER_CONVOLUTIONS,),
         published=Published(
             source="examples/agp-pruning/resnet50.schedule_agp.filters.yaml",
             sparsity="0.0",

@@ -17,22 +17,16 @@ resnet50.safetensors in the current directory, or --config.model.weights=FILE
 import agp_jax as agp
 from agp_jax.config import Config, Published
 from configs import distiller
+from configs.resnet50_filters_1 import INNER_CONVOLUTIONS
 
 
 def get_config() -> Config:
-    return distiller.imagenet(
-        "resnet50",
-        weights="resnet50.safetensors",
-        epochs=100,
-        optimizer=distiller.exponential(0.0005, 0.95, start=40, end=80),
+    return distiller.resnet50_filters(
         rules=(
             # All but the first layers of two blocks and one second layer.
             agp.Rule("stage[23]/block0/conv1/kernel|stage2/block1/conv2/kernel"),
-            distiller.pruner(
-                "stage.*/conv[12]/kernel", agp.filters(), (0.05, 0.5), (0, 30, 1)
-            ),
+            INNER_CONVOLUTIONS,
         ),
-        cut_epoch=31,
         published=Published(
             source="examples/agp-pruning/resnet50.schedule_agp.filters_2.yaml",
             sparsity="0.0",

@@ -21,17 +21,13 @@ from configs import distiller
 
 
 def get_config() -> Config:
-    return distiller.imagenet(
-        "resnet50",
-        weights="resnet50.safetensors",
-        epochs=100,
-        optimizer=distiller.exponential(0.0005, 0.95, start=40, end=100),
+    return distiller.resnet50_filters(
+        decay_end=100,
         rules=(
             distiller.pruner(
                 "stage.*/conv2/kernel", agp.filters(), (0.05, 0.5), (0, 30, 2)
             ),
         ),
-        cut_epoch=31,
         published=Published(
             source="examples/agp-pruning/resnet50.schedule_agp.filters_3.yaml",
             sparsity="0.0",
