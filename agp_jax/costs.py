@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from agp_jax.jaxprs import (
+from agp_jax.programs.jaxprs import (
     Equation,
     Program,
     equations,

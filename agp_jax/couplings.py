@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agp_jax.analyses import Analysis, abstract_array, analyse, stacked_atoms
+from agp_jax.programs.analyses import Analysis, abstract_array, analyse, stacked_atoms
 from agp_jax.trees import PyTree, flatten_with_paths, subtree_at
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.analyses import Analysis, stacked_atoms
 from agp_jax.couplings import leaf_slices
 from agp_jax.cuts import Cut
-from agp_jax.jaxprs import (
+from agp_jax.programs.analyses import Analysis, stacked_atoms
+from agp_jax.programs.jaxprs import (
     Equation,
     Program,
     Variable,
@@ -19,8 +19,8 @@ from agp_jax.jaxprs import (
     source_line,
     vjp_programs,
 )
-from agp_jax.labels import Axis, Flow, Value
-from agp_jax.propagation import propagate, value_of
+from agp_jax.programs.labels import Axis, Flow, Value
+from agp_jax.programs.propagation import propagate, value_of
 
 # What stays along an axis: None for all of it, indices, or a row of them per layer.
 Kept = np.ndarray | None

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.analyses import abstract_array, analyse
 from agp_jax.cuts import Cut
-from agp_jax.jaxprs import (
+from agp_jax.plans import Plan, derivative_rule, is_inexact, kept_axes, make_plan
+from agp_jax.programs.analyses import abstract_array, analyse
+from agp_jax.programs.jaxprs import (
     Equation,
     Program,
     Variable,
@@ -22,7 +23,6 @@ from agp_jax.jaxprs import (
     differentiable,
     scan_counts,
 )
-from agp_jax.plans import Plan, derivative_rule, is_inexact, kept_axes, make_plan
 from agp_jax.resizing import RESIZED, take
 from agp_jax.trees import PyTree, flatten_with_paths
 

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.jaxprs import Equation, bind, source_line
-from agp_jax.moves import known_picks
 from agp_jax.plans import Kept, kept_along
-from agp_jax.sums import group_axis
+from agp_jax.programs.jaxprs import Equation, bind, source_line
+from agp_jax.programs.moves import known_picks
+from agp_jax.programs.reductions import group_axis
 
 
 def thin_shape(kept: Sequence[Kept], shape: Sequence[int]) -> tuple[int, ...]:

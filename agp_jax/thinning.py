@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agp_jax.analyses import abstract_array
 from agp_jax.couplings import Group, find_couplings
 from agp_jax.cuts import Cut, cut_units
 from agp_jax.masks import apply_masks
 from agp_jax.packing import PackedMask, pack, unpack
+from agp_jax.programs.analyses import abstract_array
 from agp_jax.replay import thin_function
 from agp_jax.shardings import bring_together
 from agp_jax.trees import PyTree, flatten_with_paths, map_mirrored

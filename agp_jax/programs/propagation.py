@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from agp_jax.elementwise import ELEMENTWISE, elementwise
-from agp_jax.jaxprs import Equation, Program, Variable, scan_counts
-from agp_jax.labels import Axis, Flow, Value
-from agp_jax.moves import MOVES, Rule, unified
-from agp_jax.sums import SUMS
+from agp_jax.programs.elementwise import ELEMENTWISE, elementwise
+from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts
+from agp_jax.programs.labels import Axis, Flow, Value
+from agp_jax.programs.moves import MOVES, Rule, unified
+from agp_jax.programs.reductions import REDUCTIONS
 
 
 def propagate(flow: Flow, program: Program, inputs: Sequence[Value]) -> list[Value]:
@@ -144,7 +144,7 @@ _WITH_BODIES: dict[str, Callable[[Flow, Equation, list[Value]], list[Value]]] = 
 
 _RULES: dict[str, Rule] = {
     **MOVES,
-    **SUMS,
+    **REDUCTIONS,
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     "optimization_barrier": _same,
     "device_put": _same,

@@ -9,9 +9,17 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from agp_jax.elementwise import ELEMENTWISE
-from agp_jax.jaxprs import Equation, Variable, bind
-from agp_jax.labels import Axis, Flow, Value, all_zeros, continued, reshape, split
+from agp_jax.programs.elementwise import ELEMENTWISE
+from agp_jax.programs.jaxprs import Equation, Variable, bind
+from agp_jax.programs.labels import (
+    Axis,
+    Flow,
+    Value,
+    all_zeros,
+    continued,
+    reshape,
+    split,
+)
 
 Axes = list[Axis]
 Rule = Callable[[Flow, Equation, Sequence[Value]], list[Axes]]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agp_jax.jaxprs import Equation, Variable
-from agp_jax.labels import Axis, Flow, Value, all_zeros, any_zeros, continued
+from agp_jax.programs.jaxprs import Equation, Variable
+from agp_jax.programs.labels import Axis, Flow, Value, all_zeros, any_zeros, continued
 
 # A zero in gives a zero out.
 _KEEP_ZERO = set(

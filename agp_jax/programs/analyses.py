@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.atoms import FROZEN
-from agp_jax.jaxprs import Equation, Program, Variable, scan_counts, trace
-from agp_jax.labels import Axis, Flow, Value
-from agp_jax.propagation import propagate
+from agp_jax.programs.atoms import FROZEN
+from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts, trace
+from agp_jax.programs.labels import Axis, Flow, Value
+from agp_jax.programs.propagation import propagate
 from agp_jax.trees import PyTree, flatten_with_paths
 
 

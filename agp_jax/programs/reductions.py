@@ -3,9 +3,17 @@
 One small function per primitive, in a table, as in `moves`.
 """
 
-from agp_jax.jaxprs import Equation
-from agp_jax.labels import Axis, Flow, all_zeros, any_zeros, continued, merge, split
-from agp_jax.moves import Rule
+from agp_jax.programs.jaxprs import Equation
+from agp_jax.programs.labels import (
+    Axis,
+    Flow,
+    all_zeros,
+    any_zeros,
+    continued,
+    merge,
+    split,
+)
+from agp_jax.programs.moves import Rule
 
 
 def _reduce(keeps_zero: bool) -> Rule:
@@ -167,7 +175,7 @@ def _merge_pair(flow: Flow, first: Axis, second: Axis) -> Axis:
     return first if second.size == 1 else merge(flow, [first, second])
 
 
-SUMS: dict[str, Rule] = {
+REDUCTIONS: dict[str, Rule] = {
     "reduce_sum": _reduce(keeps_zero=True),
     "reduce_max": _reduce(keeps_zero=True),
     "reduce_min": _reduce(keeps_zero=True),

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agp_jax.atoms import FROZEN, Atoms
-from agp_jax.jaxprs import Equation, Variable, source_line
+from agp_jax.programs.atoms import FROZEN, Atoms
+from agp_jax.programs.jaxprs import Equation, Variable, source_line
 
 Shape = tuple[int, ...]
 

@@ -1,0 +1,1 @@
+"""What a function does to every axis of its values, read off its traced program."""
