@@ -4,8 +4,6 @@ from agp_jax.costs import Cost as Cost
 from agp_jax.costs import measure_cost as measure_cost
 from agp_jax.couplings import Couplings as Couplings
 from agp_jax.couplings import find_couplings as find_couplings
-from agp_jax.cuts import Cut as Cut
-from agp_jax.cuts import plan_cut as plan_cut
 from agp_jax.masks import apply_masks as apply_masks
 from agp_jax.masks import fingerprint as fingerprint
 from agp_jax.masks import make_masks as make_masks
@@ -13,7 +11,6 @@ from agp_jax.masks import sparsity as sparsity
 from agp_jax.optimizer import PruneState as PruneState
 from agp_jax.optimizer import get_masks as get_masks
 from agp_jax.optimizer import prune as prune
-from agp_jax.replay import thin_function as thin_function
 from agp_jax.rules import Rule as Rule
 from agp_jax.rules import match_rules as match_rules
 from agp_jax.schedules import Schedule as Schedule
@@ -26,6 +23,9 @@ from agp_jax.structures import element as element
 from agp_jax.structures import filters as filters
 from agp_jax.structures import heads as heads
 from agp_jax.structures import n_m as n_m
-from agp_jax.thinning import check_cut as check_cut
-from agp_jax.thinning import thin as thin
-from agp_jax.thinning import thin_opt_state as thin_opt_state
+from agp_jax.thinning.checks import check_cut as check_cut
+from agp_jax.thinning.cuts import Cut as Cut
+from agp_jax.thinning.cuts import plan_cut as plan_cut
+from agp_jax.thinning.replay import thin_function as thin_function
+from agp_jax.thinning.states import thin_opt_state as thin_opt_state
+from agp_jax.thinning.trees import thin as thin

@@ -17,7 +17,6 @@ from agp_jax.batches import check_augment
 from agp_jax.config import Config, ConfigError, make_rules, validate
 from agp_jax.costs import Cost, measure_cost
 from agp_jax.couplings import Couplings, find_couplings
-from agp_jax.cuts import Cut, plan_cut
 from agp_jax.descent import make_optimizer, penalty
 from agp_jax.masks import apply_masks
 from agp_jax.meshes import make_mesh, place
@@ -29,10 +28,12 @@ from agp_jax.models.torch_weights import (
     read_state_dict,
 )
 from agp_jax.optimizer import get_masks, prune
-from agp_jax.replay import thin_function
 from agp_jax.rules import Rule, match_rules
 from agp_jax.sources import AnySource
-from agp_jax.thinning import thin, thin_opt_state
+from agp_jax.thinning.cuts import Cut, plan_cut
+from agp_jax.thinning.replay import thin_function
+from agp_jax.thinning.states import thin_opt_state
+from agp_jax.thinning.trees import thin
 from agp_jax.trees import PyTree
 from agp_jax.units import follows_couplings
 

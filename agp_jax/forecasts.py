@@ -25,7 +25,7 @@ from agp_jax.models.torch_weights import published_names
 from agp_jax.optimizer import get_masks
 from agp_jax.rules import Rule
 from agp_jax.structures import num_cells
-from agp_jax.thinning import thin
+from agp_jax.thinning.trees import thin
 from agp_jax.trees import PyTree, flatten_with_paths
 
 

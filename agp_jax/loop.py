@@ -17,7 +17,6 @@ from agp_jax import checkpoint, reports
 from agp_jax.batches import eval_batches, train_batches
 from agp_jax.config import Config, target_step, to_dict
 from agp_jax.costs import Cost
-from agp_jax.cuts import Cut
 from agp_jax.descent import make_learning_rate, note_loss, plateau_scale
 from agp_jax.experiment import (
     Experiment,
@@ -44,6 +43,7 @@ from agp_jax.optimizer import get_masks
 from agp_jax.processes import check_same, failing_together
 from agp_jax.rules import Rule
 from agp_jax.sources import AnySource
+from agp_jax.thinning.cuts import Cut
 from agp_jax.trees import PyTree
 from agp_jax.workdirs import check_workdir
 

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import agp_jax as agp
-from agp_jax.cuts import cut_units
 from agp_jax.models import make_model
+from agp_jax.thinning.cuts import cut_units
 from benchmarks import measurements, networks
 
 _INFERENCE = {

@@ -41,11 +41,14 @@ ORDER = [
     "masks",  # what the rules keep at a step
     "optimizer",  # the optax transformation that prunes
     # thinning: what a cut leaves
-    "cuts",  # which slices stay
-    "plans",  # what a cut leaves of every value of a function
-    "resizing",  # equations whose parameters hold a size
-    "replay",  # a function at the shapes of a cut
-    "thinning",  # trees and states of a cut
+    "thinning",
+    "thinning.cuts",  # which slices stay
+    "thinning.remains",  # what a cut leaves of every value of a function
+    "thinning.resizing",  # equations whose parameters hold a size
+    "thinning.replay",  # a function at the shapes of a cut
+    "thinning.trees",  # what a cut leaves of any tree
+    "thinning.states",  # and of an optimizer's state
+    "thinning.checks",  # whether the thinned function is the masked one
     "costs",  # parameters, non-zeros and multiply-adds
 ]
 CORE = list(ORDER)

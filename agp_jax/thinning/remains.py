@@ -1,4 +1,4 @@
-"""Plans: what a cut leaves of every value of one traced function."""
+"""Remains: what a cut leaves of every value of one traced function."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from agp_jax.couplings import leaf_slices
-from agp_jax.cuts import Cut
 from agp_jax.programs.analyses import Analysis, stacked_atoms
 from agp_jax.programs.jaxprs import (
     Equation,
@@ -21,13 +20,14 @@ from agp_jax.programs.jaxprs import (
 )
 from agp_jax.programs.labels import Axis, Flow, Value
 from agp_jax.programs.propagation import propagate, value_of
+from agp_jax.thinning.cuts import Cut
 
 # What stays along an axis: None for all of it, indices, or a row of them per layer.
 Kept = np.ndarray | None
 
 
 @dataclasses.dataclass(eq=False)
-class Plan:
+class Remains:
     """What a cut leaves of every value of one program.
 
     Attributes:
@@ -51,10 +51,10 @@ class Plan:
         return self.analysis.flow
 
 
-def make_plan(analysis: Analysis, cut: Cut) -> Plan:
-    plan = Plan(analysis, cut, _gone_atoms(analysis, cut))
-    _check_sizes(plan, analysis.program)
-    return plan
+def find_remains(analysis: Analysis, cut: Cut) -> Remains:
+    remains = Remains(analysis, cut, _gone_atoms(analysis, cut))
+    _check_sizes(remains, analysis.program)
+    return remains
 
 
 def _gone_atoms(analysis: Analysis, cut: Cut) -> np.ndarray:
@@ -131,32 +131,32 @@ def _explain_refusal(
     return f"{start}what it is part of stays"
 
 
-def _check_sizes(plan: Plan, program: Program) -> None:
+def _check_sizes(remains: Remains, program: Program) -> None:
     """Raises a ValueError if some value would be left without indices."""
     for equation in program.equations:
         for variable in equation.outputs:
-            for axis in plan.flow.values[variable].axes:
-                kept = kept_along(plan, axis)
+            for axis in remains.flow.values[variable].axes:
+                kept = kept_along(remains, axis)
                 if kept is not None and not kept.shape[-1]:
                     raise ValueError(
                         f"the cut leaves nothing of an axis of the output of "
                         f"{equation.name} at {source_line(equation)}"
                     )
         for body in equation.bodies:
-            _check_sizes(plan, body)
+            _check_sizes(remains, body)
 
 
-def kept_along(plan: Plan, axis: Axis) -> Kept:
+def kept_along(remains: Remains, axis: Axis) -> Kept:
     """What stays along an axis."""
     key = id(axis.atoms)
-    if key not in plan.kept:
-        plan.kept[key] = (axis.atoms, _find_kept(plan, axis))
-    return plan.kept[key][1]
+    if key not in remains.kept:
+        remains.kept[key] = (axis.atoms, _find_kept(remains, axis))
+    return remains.kept[key][1]
 
 
-def _find_kept(plan: Plan, axis: Axis) -> Kept:
-    factors = plan.flow.atoms.factors(axis.atoms)
-    gone = np.asarray(plan.gone[:, factors].any(axis=-1))
+def _find_kept(remains: Remains, axis: Axis) -> Kept:
+    factors = remains.flow.atoms.factors(axis.atoms)
+    gone = np.asarray(remains.gone[:, factors].any(axis=-1))
     if not gone.any():
         return None
     if (gone == gone[0]).all():
@@ -170,23 +170,26 @@ def _find_kept(plan: Plan, axis: Axis) -> Kept:
     return np.nonzero(~gone)[1].reshape(len(gone), -1)
 
 
-def kept_axes(plan: Plan, variable: Variable) -> list[Kept]:
-    return [kept_along(plan, axis) for axis in value_of(plan.flow, variable).axes]
+def kept_axes(remains: Remains, variable: Variable) -> list[Kept]:
+    return [kept_along(remains, axis) for axis in value_of(remains.flow, variable).axes]
 
 
-def derivative_rule(plan: Plan, equation: Equation) -> tuple[Program, ...]:
+def derivative_rule(remains: Remains, equation: Equation) -> tuple[Program, ...]:
     """The programs of a derivative rule, labelled.
 
     They are read the first time that something is differentiated, all at once.
     """
-    if equation not in plan.rules:
-        known = [plan.analysis.program, *(p for ps in plan.rules.values() for p in ps)]
+    if equation not in remains.rules:
+        known = [
+            remains.analysis.program,
+            *(p for ps in remains.rules.values() for p in ps),
+        ]
         for other in {e: None for p in known for e in _with_rules(p)}:
-            if other not in plan.rules:
-                plan.rules[other] = _label_rule(plan.flow, other)
-        plan.gone = _gone_atoms(plan.analysis, plan.cut)
-        plan.kept.clear()
-    return plan.rules[equation]
+            if other not in remains.rules:
+                remains.rules[other] = _label_rule(remains.flow, other)
+        remains.gone = _gone_atoms(remains.analysis, remains.cut)
+        remains.kept.clear()
+    return remains.rules[equation]
 
 
 def _with_rules(program: Program) -> list[Equation]:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.plans import Kept, kept_along
 from agp_jax.programs.jaxprs import Equation, bind, source_line
 from agp_jax.programs.moves import known_picks
 from agp_jax.programs.reductions import group_axis
+from agp_jax.thinning.remains import Kept, kept_along
 
 
 def thin_shape(kept: Sequence[Kept], shape: Sequence[int]) -> tuple[int, ...]:
@@ -43,23 +43,23 @@ def take_along(
     return jnp.take(array, indices, axis, mode="clip")
 
 
-def _broadcast_in_dim(plan, equation, arrays, ins, outs, layer):
+def _broadcast_in_dim(remains, equation, arrays, ins, outs, layer):
     shape = thin_shape(outs[0], equation.outputs[0].shape)
     return bind(equation, arrays, shape=shape)
 
 
-def _reshape(plan, equation, arrays, ins, outs, layer):
+def _reshape(remains, equation, arrays, ins, outs, layer):
     shape = thin_shape(outs[0], equation.outputs[0].shape)
     return bind(equation, arrays, new_sizes=shape)
 
 
-def _tile(plan, equation, arrays, ins, outs, layer):
+def _tile(remains, equation, arrays, ins, outs, layer):
     shape = thin_shape(outs[0], equation.outputs[0].shape)
     old = (1,) * (len(shape) - np.ndim(arrays[0])) + np.shape(arrays[0])
     return [jnp.tile(arrays[0], [n // m for n, m in zip(shape, old, strict=True)])]
 
 
-def _split(plan, equation, arrays, ins, outs, layer):
+def _split(remains, equation, arrays, ins, outs, layer):
     axis = equation.params["axis"]
     sizes = tuple(
         thin_shape(kept, v.shape)[axis]
@@ -68,7 +68,7 @@ def _split(plan, equation, arrays, ins, outs, layer):
     return bind(equation, arrays, sizes=sizes)
 
 
-def _slice(plan, equation, arrays, ins, outs, layer):
+def _slice(remains, equation, arrays, ins, outs, layer):
     p, array = equation.params, arrays[0]
     strides = p["strides"] or (1,) * len(ins[0])
     for axis, (size, start, stride) in enumerate(
@@ -111,7 +111,7 @@ def _take_range(
     return take_along(array, places, axis, layer)
 
 
-def _pad(plan, equation, arrays, ins, outs, layer):
+def _pad(remains, equation, arrays, ins, outs, layer):
     config = []
     for (low, high, inner), kept, size in zip(
         equation.params["padding_config"],
@@ -132,17 +132,17 @@ def _pad(plan, equation, arrays, ins, outs, layer):
     return bind(equation, arrays, padding_config=tuple(config))
 
 
-def _conv(plan, equation, arrays, ins, outs, layer):
+def _conv(remains, equation, arrays, ins, outs, layer):
     groups = equation.params["feature_group_count"]
     if groups > 1:
-        kept = kept_along(plan, group_axis(plan.flow, equation))
+        kept = kept_along(remains, group_axis(remains.flow, equation))
         groups = groups if kept is None else kept.shape[-1]
     return bind(equation, arrays, feature_group_count=groups)
 
 
-def _gather(plan, equation, arrays, ins, outs, layer):
+def _gather(remains, equation, arrays, ins, outs, layer):
     numbers = equation.params["dimension_numbers"]
-    picks = known_picks(plan.flow, equation)
+    picks = known_picks(remains.flow, equation)
     if picks is not None and any(k is not None for k in (*ins[0], *outs[0])):
         return [_gather_known(equation, picks, arrays[0], ins[0], outs[0], layer)]
     sizes = tuple(
@@ -181,7 +181,7 @@ def _gather_known(
     return jnp.transpose(taken, [order[i] for i in range(rank)])
 
 
-def _dynamic_slice(plan, equation, arrays, ins, outs, layer):
+def _dynamic_slice(remains, equation, arrays, ins, outs, layer):
     sizes = thin_shape(outs[0], equation.params["slice_sizes"])
     return bind(equation, arrays, slice_sizes=sizes)
 

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.cuts import Cut
-from agp_jax.plans import Plan, derivative_rule, is_inexact, kept_axes, make_plan
 from agp_jax.programs.analyses import abstract_array, analyse
 from agp_jax.programs.jaxprs import (
     Equation,
@@ -23,7 +21,15 @@ from agp_jax.programs.jaxprs import (
     differentiable,
     scan_counts,
 )
-from agp_jax.resizing import RESIZED, take
+from agp_jax.thinning.cuts import Cut
+from agp_jax.thinning.remains import (
+    Remains,
+    derivative_rule,
+    find_remains,
+    is_inexact,
+    kept_axes,
+)
+from agp_jax.thinning.resizing import RESIZED, take
 from agp_jax.trees import PyTree, flatten_with_paths
 
 
@@ -51,7 +57,7 @@ def thin_function(
     paths, leaves, treedef = flatten_with_paths(variables)
     original = [abstract_array(x) for x in leaves]
     _check_paths(paths, original, cut)
-    plans: dict[Any, Plan] = {}
+    known: dict[Any, Remains] = {}
 
     def call(variables: PyTree, args: tuple[Any, ...], kwargs: Any) -> PyTree:
         return fn(variables, *args, **kwargs)
@@ -68,15 +74,15 @@ def thin_function(
             jax.tree.structure(inputs),
             *((x.shape, x.dtype) for x in (*full, *jax.tree.leaves(inputs))),
         )
-        if key not in plans:
+        if key not in known:
             analysis = analyse(
                 call, treedef.unflatten(full), *inputs, freeze_outputs=False
             )
-            plans[key] = make_plan(analysis, cut)
-        plan = plans[key]
+            known[key] = find_remains(analysis, cut)
+        remains = known[key]
         given = [*arrays, *jax.tree.leaves((args, kwargs))]
-        out = _run(plan, plan.analysis.program, given, None)
-        return jax.tree.unflatten(jax.tree.structure(plan.analysis.out), out)
+        out = _run(remains, remains.analysis.program, given, None)
+        return jax.tree.unflatten(jax.tree.structure(remains.analysis.out), out)
 
     return thinned
 
@@ -103,46 +109,46 @@ def _check_thinned(paths: Sequence[str], arrays: Sequence[Any], cut: Cut) -> Non
 
 
 def _run(
-    plan: Plan, program: Program, arrays: Sequence[Any], layer: jax.Array | None
+    remains: Remains, program: Program, arrays: Sequence[Any], layer: jax.Array | None
 ) -> list[Any]:
     """The outputs of `program` for thinned inputs, in layer `layer` of a stack."""
     known = dict(zip(program.inputs, arrays, strict=True))
 
     def read(variable: Variable) -> Any:
         if variable not in known:
-            kept = kept_axes(plan, variable)
+            kept = kept_axes(remains, variable)
             return take(variable.constant, kept, layer)
         return known[variable]
 
     for equation in program.equations:
-        outputs = _apply(plan, equation, [read(v) for v in equation.inputs], layer)
+        outputs = _apply(remains, equation, [read(v) for v in equation.inputs], layer)
         known.update(zip(equation.outputs, outputs, strict=True))
     return [read(v) for v in program.outputs]
 
 
 def _apply(
-    plan: Plan, equation: Equation, arrays: list[Any], layer: jax.Array | None
+    remains: Remains, equation: Equation, arrays: list[Any], layer: jax.Array | None
 ) -> list[Any]:
     if equation.bodies:
-        if not _is_touched(plan, equation):
+        if not _is_touched(remains, equation):
             return bind(equation, arrays)
-        return _WITH_BODIES[equation.name](plan, equation, arrays, layer)
-    ins = [kept_axes(plan, v) for v in equation.inputs]
-    outs = [kept_axes(plan, v) for v in equation.outputs]
+        return _WITH_BODIES[equation.name](remains, equation, arrays, layer)
+    ins = [kept_axes(remains, v) for v in equation.inputs]
+    outs = [kept_axes(remains, v) for v in equation.outputs]
     ins_touched, outs_touched = (
         any(k is not None for kept in side for k in kept) for side in (ins, outs)
     )
     if not ins_touched and not outs_touched:
         return bind(equation, arrays)
     if equation.name in RESIZED:
-        return RESIZED[equation.name](plan, equation, arrays, ins, outs, layer)
+        return RESIZED[equation.name](remains, equation, arrays, ins, outs, layer)
     made = bind(equation, arrays)
     if ins_touched:
         return made
     return [take(x, kept, layer) for x, kept in zip(made, outs, strict=True)]
 
 
-def _is_touched(plan: Plan, equation: Equation) -> bool:
+def _is_touched(remains: Remains, equation: Equation) -> bool:
     variables = [*equation.inputs, *equation.outputs]
     programs = list(equation.bodies)
     while programs:
@@ -151,10 +157,10 @@ def _is_touched(plan: Plan, equation: Equation) -> bool:
         for inner in program.equations:
             variables += [*inner.inputs, *inner.outputs]
             programs += inner.bodies
-    return any(k is not None for v in variables for k in kept_axes(plan, v))
+    return any(k is not None for v in variables for k in kept_axes(remains, v))
 
 
-def _scan(plan, equation, arrays, layer):
+def _scan(remains, equation, arrays, layer):
     num_consts, num_carry = scan_counts(equation)
     first = num_consts + num_carry
     (body,) = equation.bodies
@@ -164,7 +170,7 @@ def _scan(plan, equation, arrays, layer):
         inner, now = stepped
         # The layers of a stack are those of the outermost scan.
         inner = inner if layer is None else layer
-        outs = _run(plan, body, [*consts, *carry, *now], inner)
+        outs = _run(remains, body, [*consts, *carry, *now], inner)
         return outs[:num_carry], outs[num_carry:]
 
     p = equation.params
@@ -179,49 +185,49 @@ def _scan(plan, equation, arrays, layer):
     return [*carry, *stacked]
 
 
-def _while(plan, equation, arrays, layer):
+def _while(remains, equation, arrays, layer):
     condition, body = equation.bodies
     ends = np.cumsum([equation.params["cond_nconsts"], equation.params["body_nconsts"]])
     cond_consts, body_consts = arrays[: ends[0]], arrays[ends[0] : ends[1]]
     return jax.lax.while_loop(
-        lambda carry: _run(plan, condition, [*cond_consts, *carry], layer)[0],
-        lambda carry: _run(plan, body, [*body_consts, *carry], layer),
+        lambda carry: _run(remains, condition, [*cond_consts, *carry], layer)[0],
+        lambda carry: _run(remains, body, [*body_consts, *carry], layer),
         arrays[ends[1] :],
     )
 
 
-def _cond(plan, equation, arrays, layer):
+def _cond(remains, equation, arrays, layer):
     branches = [
-        lambda *operands, body=body: _run(plan, body, operands, layer)
+        lambda *operands, body=body: _run(remains, body, operands, layer)
         for body in equation.bodies
     ]
     return jax.lax.switch(arrays[0], branches, *arrays[1:])
 
 
-def _remat(plan, equation, arrays, layer):
+def _remat(remains, equation, arrays, layer):
     (body,) = equation.bodies
     run = jax.checkpoint(
-        lambda *operands: _run(plan, body, operands, layer),
+        lambda *operands: _run(remains, body, operands, layer),
         policy=equation.params.get("policy"),
         prevent_cse=equation.params.get("prevent_cse", True),
     )
     return run(*arrays)
 
 
-def _custom_jvp(plan, equation, arrays, layer):
+def _custom_jvp(remains, equation, arrays, layer):
     """The function keeps its own derivative, such as 0 for relu at 0."""
     places = differentiable(equation)
     (body,) = equation.bodies
 
     @jax.custom_jvp
     def function(*operands: Any) -> list[Any]:
-        return _run(plan, body, operands, layer)
+        return _run(remains, body, operands, layer)
 
     @function.defjvp
     def _(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-        (rule,) = derivative_rule(plan, equation)
+        (rule,) = derivative_rule(remains, equation)
         given = [*primals, *(tangents[i] for i in places)]
-        made = _run(plan, rule, given, layer)
+        made = _run(remains, rule, given, layer)
         outs, rest = made[: len(body.outputs)], iter(made[len(body.outputs) :])
         return outs, [
             next(rest) if is_inexact(x) else np.zeros(jnp.shape(x), jax.dtypes.float0)
@@ -231,28 +237,28 @@ def _custom_jvp(plan, equation, arrays, layer):
     return function(*arrays)
 
 
-def _custom_vjp(plan, equation, arrays, layer):
+def _custom_vjp(remains, equation, arrays, layer):
     """The function keeps its own pullback, run at the thinned shapes."""
     places = differentiable(equation)
     (body,) = equation.bodies
 
     @jax.custom_vjp
     def function(*operands: Any) -> list[Any]:
-        return _run(plan, body, operands, layer)
+        return _run(remains, body, operands, layer)
 
     def forward(*operands: Any) -> tuple[list[Any], list[Any]]:
-        rule, _ = derivative_rule(plan, equation)
-        made = _run(plan, rule, operands, layer)
+        rule, _ = derivative_rule(remains, equation)
+        made = _run(remains, rule, operands, layer)
         return made[: len(body.outputs)], made[len(body.outputs) :]
 
     def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
-        _, rule = derivative_rule(plan, equation)
+        _, rule = derivative_rule(remains, equation)
         moving = [
             x
             for x, v in zip(cotangents, body.outputs, strict=True)
             if is_inexact(v.aval)
         ]
-        made = _run(plan, rule, [*residuals, *moving], layer)
+        made = _run(remains, rule, [*residuals, *moving], layer)
         by_place = dict(zip(places, made, strict=True))
         return tuple(by_place.get(i) for i in range(len(arrays)))
 

@@ -1,0 +1,102 @@
+"""Checks of a cut: how the thinned function differs from the masked one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from agp_jax.couplings import Group, find_couplings
+from agp_jax.masks import apply_masks
+from agp_jax.thinning.cuts import Cut, cut_units
+from agp_jax.thinning.replay import thin_function
+from agp_jax.thinning.trees import thin
+from agp_jax.trees import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class CutReport:
+    """How the thinned function differs from the masked one.
+
+    Attributes:
+      error: the largest difference of an output, relative to its largest entry.
+      groups: the error that each group makes by itself, where it is above `tolerance`.
+      tolerance: up to here a difference counts as rounding.
+    """
+
+    error: float
+    groups: Mapping[str, float]
+    tolerance: float
+
+    def __str__(self) -> str:
+        lines = [f"relative error {self.error:.1e}"]
+        lines += [f"    {error:.1e} from {name}" for name, error in self.groups.items()]
+        return "\n".join(lines)
+
+
+def check_cut(
+    fn: Callable[..., PyTree],
+    variables: PyTree,
+    masks: PyTree,
+    cut: Cut,
+    *inputs: PyTree,
+    tolerance: float = 1e-5,
+) -> CutReport:
+    """Compares the thinned function with the masked one on `inputs`.
+
+    Where they differ, each group is cut by itself to tell which ones break equality:
+    groups that are not exact, or whose masks do not cover all slices, such as the bias
+    of a normalisation after a masked filter.
+
+    Args:
+      fn: called as `fn(variables, *inputs)`; its outputs are arrays.
+      variables: before the cut, masked or not.
+      masks: bool arrays at the paths of variables, as for `plan_cut`.
+      cut: of the variables.
+      inputs: arrays to compare on.
+      tolerance: relative difference up to which the functions count as equal.
+    """
+    masked = apply_masks(variables, masks)
+    expected = jax.jit(fn)(masked, *inputs)
+
+    def error_of(cut: Cut) -> float:
+        thinned = jax.jit(thin_function(fn, variables, cut))
+        return _relative_error(expected, thinned(thin(masked, cut), *inputs))
+
+    error = error_of(cut)
+    groups: dict[str, float] = {}
+    if not error <= tolerance:
+        couplings = find_couplings(fn, variables, *inputs)
+        for i, group in enumerate(couplings.groups):
+            dead = [np.zeros(group.units, bool) for group in couplings.groups]
+            dead[i] = _units_in(cut, group)
+            if dead[i].any():
+                alone = error_of(cut_units(couplings, dead))
+                if not alone <= tolerance:
+                    groups[group.name] = alone
+    return CutReport(error, groups, tolerance)
+
+
+def _units_in(cut: Cut, group: Group) -> np.ndarray:
+    """Which units of a group a cut removes: (units,) or (layers, units)."""
+    shape = (group.layers, group.units) if group.layers else (group.units,)
+    gone = np.ones(shape, bool)
+    for member in group.members:
+        flags = np.zeros((*shape[:-1], cut.shapes[member.path][member.axis]), bool)
+        kept = cut.get(member.path, {}).get(member.axis)
+        if kept is None:
+            return np.zeros(shape, bool)
+        rows = np.broadcast_to(kept, (*shape[:-1], kept.shape[-1]))
+        np.put_along_axis(flags, rows, True, axis=-1)
+        gone &= ~flags[..., member.indices].any(axis=-1)
+    return gone
+
+
+def _relative_error(expected: PyTree, found: PyTree) -> float:
+    """The largest difference over floating point outputs; NaN where either has one."""
+    errors = [0.0]
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        if a.shape == b.shape and np.issubdtype(a.dtype, np.inexact) and a.size:
+            errors.append(float(np.abs(a - b).max() / (np.abs(a).max() or 1.0)))
+    return float(np.max(errors))

@@ -1,0 +1,145 @@
+"""Thinning of optimizer states: what stays of moments, histories and masks."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from agp_jax.packing import PackedMask
+from agp_jax.programs.analyses import abstract_array
+from agp_jax.thinning.cuts import Cut
+from agp_jax.thinning.trees import is_packed, take_kept, thin, thin_leaf
+from agp_jax.trees import PyTree, flatten_with_paths, map_mirrored
+
+
+def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTree:
+    """What stays of any optax state: moments, masks of `prune`, moving averages.
+
+    A subtree with the structure of the parameters belongs to them leaf by leaf. A leaf
+    of it may have its parameter's shape, that shape after other axes (a history), or
+    one entry. The factored moments of `adafactor` are means over an axis; they become
+    the means over what stays, if what goes has been zero. Of weights that had gradients
+    before they were masked a rest stays in them, and fades.
+
+    Args:
+      opt_state: the state of an optimizer for `params`.
+      params: the parameters before the cut; arrays or `jax.ShapeDtypeStruct`.
+      cut: of a tree with the paths of `params`; `cut.subtree("params")` for those of a
+        linen module.
+
+    Raises:
+      ValueError: if a leaf belongs to a cut parameter and has another shape.
+    """
+    paths, leaves, _ = flatten_with_paths(params)
+    thin(jax.tree.map(abstract_array, params), cut)  # has the cut these paths?
+
+    def thin_mirror(leaf: Any, i: int) -> Any:
+        kept = cut.get(paths[i], {})
+        if not kept or isinstance(leaf, _Done):
+            return leaf
+        shape = cut.shapes[paths[i]]
+        if isinstance(leaf, PackedMask):
+            return thin_leaf(leaf, kept, shape, paths[i])
+        extra = jnp.ndim(leaf) - len(shape)
+        if extra >= 0 and jnp.shape(leaf)[extra:] == shape:
+            return take_kept(leaf, _after(kept, extra, shape))
+        if math.prod(jnp.shape(leaf)) == 1:
+            return leaf
+        raise ValueError(
+            f"the optimizer keeps an array of shape {jnp.shape(leaf)} for "
+            f"{paths[i]}, whose shape is {shape}, and it is not known how that "
+            f"divides; make a new state with optimizer.init(thin(params, cut))"
+        )
+
+    # Factored moments have other shapes and are done first, out of the way.
+    state = jax.tree.map(
+        lambda x: _Done(_thin_factored(x, params, cut)) if _is_factored(x) else x,
+        opt_state,
+        is_leaf=lambda x: _is_factored(x) or is_packed(x),
+    )
+    state = map_mirrored(thin_mirror, state, params, is_leaf=is_packed)
+    return jax.tree.map(
+        lambda x: x.value if isinstance(x, _Done) else x, state, is_leaf=is_packed
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Done:
+    """Part of a state that is thinned already: a leaf, as nothing knows its fields."""
+
+    value: Any
+
+
+def _is_factored(x: Any) -> bool:
+    return isinstance(x, optax.FactoredState)
+
+
+def _after(
+    kept: Mapping[int, np.ndarray], extra: int, shape: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """A cut's indices for an array with `extra` more axes in front."""
+    if extra and any(indices.ndim == 2 for indices in kept.values()):
+        raise ValueError(
+            f"an optimizer's history of stacked layers of shape {tuple(shape)} that "
+            f"are cut differently is not supported; make a new state"
+        )
+    return {axis + extra: indices for axis, indices in kept.items()}
+
+
+def _thin_factored(
+    state: optax.FactoredState, params: PyTree, cut: Cut
+) -> optax.FactoredState:
+    """Thins the moments of `adafactor`: means of squares over one of two axes.
+
+    Which of the two is `v_row` depends on their sizes, hence may change.
+    """
+    paths, _, _ = flatten_with_paths(params)
+    rows: dict[int, Any] = {}
+    columns: dict[int, Any] = {}
+    map_mirrored(lambda x, i: rows.setdefault(i, x), state.v_row, params)
+    map_mirrored(lambda x, i: columns.setdefault(i, x), state.v_col, params)
+    for i, row in rows.items():
+        kept = cut.get(paths[i], {})
+        if kept and math.prod(jnp.shape(row)) > 1:
+            shape, new_shape = cut.shapes[paths[i]], cut.thin_shape(paths[i])
+            *_, smaller, larger = np.argsort(shape).tolist()
+            *_, new_smaller, new_larger = np.argsort(new_shape).tolist()
+            if {smaller, larger} != {new_smaller, new_larger}:
+                raise ValueError(
+                    f"the factored moments of {paths[i]} are means over axes "
+                    f"{smaller} and {larger}, but of the thinned shape {new_shape} the "
+                    f"largest axes are others; make a new state"
+                )
+            means = (
+                _thin_mean(row, kept, shape, larger),
+                _thin_mean(columns[i], kept, shape, smaller),
+            )
+            rows[i], columns[i] = means if larger == new_larger else means[::-1]
+
+    def thin_whole(leaf: Any, i: int) -> Any:
+        is_whole = jnp.shape(leaf) == cut.shapes[paths[i]]
+        return take_kept(leaf, cut.get(paths[i], {})) if is_whole else leaf
+
+    return state._replace(
+        v_row=map_mirrored(lambda _, i: rows[i], state.v_row, params),
+        v_col=map_mirrored(lambda _, i: columns[i], state.v_col, params),
+        v=map_mirrored(thin_whole, state.v, params),
+    )
+
+
+def _thin_mean(
+    mean: Any, kept: Mapping[int, np.ndarray], shape: Sequence[int], over: int
+) -> Any:
+    """Thins the mean of squares over axis `over`, of which what goes was zero."""
+    if over == 0 and any(indices.ndim == 2 for indices in kept.values()):
+        raise ValueError("factored moments over the layers of a stack are not thinned")
+    rest = {axis - (axis > over): x for axis, x in kept.items() if axis != over}
+    mean = take_kept(mean, rest)
+    if over in kept and not isinstance(mean, jax.ShapeDtypeStruct):
+        mean = mean * (shape[over] / kept[over].shape[-1])
+    return mean
