@@ -8,9 +8,9 @@ from agp_jax.masks import apply_masks as apply_masks
 from agp_jax.masks import fingerprint as fingerprint
 from agp_jax.masks import make_masks as make_masks
 from agp_jax.masks import sparsity as sparsity
-from agp_jax.optimizer import PruneState as PruneState
-from agp_jax.optimizer import get_masks as get_masks
-from agp_jax.optimizer import prune as prune
+from agp_jax.pruning import PruneState as PruneState
+from agp_jax.pruning import get_masks as get_masks
+from agp_jax.pruning import prune as prune
 from agp_jax.rules import Rule as Rule
 from agp_jax.rules import match_rules as match_rules
 from agp_jax.schedules import Schedule as Schedule

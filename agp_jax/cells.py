@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from agp_jax.keys import LOWEST, magnitude_bits, ordered_bits
+from agp_jax.bits import LOWEST, magnitude_bits, ordered_bits
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule
 from agp_jax.selection import Entrant

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agp_jax.bits import INFINITY
 from agp_jax.cells import Leaf, weight_keys
-from agp_jax.keys import INFINITY
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule
 from agp_jax.selection import Entrant, keep_largest

@@ -27,7 +27,7 @@ from agp_jax.models.torch_weights import (
     from_state_dict,
     read_state_dict,
 )
-from agp_jax.optimizer import get_masks, prune
+from agp_jax.pruning import get_masks, prune
 from agp_jax.rules import Rule, match_rules
 from agp_jax.sources import AnySource
 from agp_jax.thinning.cuts import Cut, plan_cut

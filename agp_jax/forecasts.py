@@ -22,7 +22,7 @@ from agp_jax.experiment import (
 )
 from agp_jax.masks import apply_masks, make_masks
 from agp_jax.models.torch_weights import published_names
-from agp_jax.optimizer import get_masks
+from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
 from agp_jax.structures import num_cells
 from agp_jax.thinning.trees import thin

@@ -39,8 +39,8 @@ from agp_jax.experiment import (
 from agp_jax.forecasts import Forecast, make_forecast
 from agp_jax.masks import fingerprint
 from agp_jax.meshes import put_batch
-from agp_jax.optimizer import get_masks
 from agp_jax.processes import check_same, failing_together
+from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
 from agp_jax.sources import AnySource
 from agp_jax.thinning.cuts import Cut

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from agp_jax.keys import INFINITY, LOWEST
+from agp_jax.bits import INFINITY, LOWEST
 from agp_jax.shardings import indices_along, replicate
 
 # Thresholds of the first pass: where trained weights tend to lie, and infinity.

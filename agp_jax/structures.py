@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from agp_jax.keys import INFINITY, magnitude_bits
+from agp_jax.bits import INFINITY, magnitude_bits
 from agp_jax.shardings import divides_locally, neighbours, split_axis
 
 Shape = tuple[int, ...]

@@ -17,7 +17,7 @@ ORDER = [
     # prune: what rules say and what is ranked
     "trees",  # names for the leaves of any pytree
     "shardings",  # what an explicit mesh wants to be told
-    "keys",  # floats as integers of the same order
+    "bits",  # floats as integers of the same order
     "schedules",  # when to prune how much
     "structures",  # how a tensor divides into cells
     "selection",  # the largest scores, exactly
@@ -39,7 +39,7 @@ ORDER = [
     "units",  # what coupled slices are ranked by
     "contests",  # which of these compete, and how many go
     "masks",  # what the rules keep at a step
-    "optimizer",  # the optax transformation that prunes
+    "pruning",  # the optax transformation that prunes
     # thinning: what a cut leaves
     "thinning",
     "thinning.cuts",  # which slices stay

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import agp_jax as agp
-from agp_jax.keys import INFINITY, LOWEST, magnitude_bits
+from agp_jax.bits import INFINITY, LOWEST, magnitude_bits
 from agp_jax.selection import Entrant, keep_largest, search
 
 HIGHEST = INFINITY - 1  # the key of the largest finite float

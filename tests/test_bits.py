@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agp_jax.keys import INFINITY, LOWEST, magnitude_bits, ordered_bits
+from agp_jax.bits import INFINITY, LOWEST, magnitude_bits, ordered_bits
 
 SMALLEST = np.float32(2**-126)  # the smallest normal number
 FLOATS = np.float32(
