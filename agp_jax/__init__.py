@@ -3,11 +3,11 @@
 from agp_jax.costs import Cost as Cost
 from agp_jax.costs import measure_cost as measure_cost
 from agp_jax.couplings import Couplings as Couplings
-from agp_jax.couplings import find_couplings as find_couplings
 from agp_jax.masks import apply_masks as apply_masks
 from agp_jax.masks import fingerprint as fingerprint
 from agp_jax.masks import make_masks as make_masks
 from agp_jax.masks import sparsity as sparsity
+from agp_jax.programs.grouping import find_couplings as find_couplings
 from agp_jax.pruning import PruneState as PruneState
 from agp_jax.pruning import get_masks as get_masks
 from agp_jax.pruning import prune as prune

@@ -24,9 +24,7 @@ from agp_jax.programs.jaxprs import (
     source_line,
     trace,
 )
-from agp_jax.trees import PyTree, flatten_with_paths
-
-_Shape = tuple[int, ...]
+from agp_jax.trees import PyTree, Shape, flatten_with_paths
 
 
 class _Leaf(NamedTuple):
@@ -281,13 +279,13 @@ def _source_of_all(name: str, sources: Sequence[_Source]) -> _Source:
     return max(known, key=lambda x: sum(leaf.size for leaf in x), default=())
 
 
-def _dot_macs(lhs: _Shape, rhs: _Shape, out: _Shape, params: Mapping[str, Any]) -> int:
+def _dot_macs(lhs: Shape, rhs: Shape, out: Shape, params: Mapping[str, Any]) -> int:
     (_, contracted), (_, batch) = params["dimension_numbers"]
     return math.prod(lhs) * _prod_without(rhs, (*contracted, *batch))
 
 
 def _ragged_dot_macs(
-    lhs: _Shape, rhs: _Shape, out: _Shape, params: Mapping[str, Any]
+    lhs: Shape, rhs: Shape, out: Shape, params: Mapping[str, Any]
 ) -> int:
     """Every row of `lhs` meets one group of `rhs`."""
     numbers = params["ragged_dot_dimension_numbers"]
@@ -296,7 +294,7 @@ def _ragged_dot_macs(
     return math.prod(lhs) * _prod_without(rhs, (*contracted, *batch, *groups))
 
 
-def _conv_macs(lhs: _Shape, rhs: _Shape, out: _Shape, params: Mapping[str, Any]) -> int:
+def _conv_macs(lhs: Shape, rhs: Shape, out: Shape, params: Mapping[str, Any]) -> int:
     numbers = params["dimension_numbers"]
     if math.prod(params["lhs_dilation"]) > 1:  # transposed: where the inputs are
         batch_axis, _, *spatial = numbers.lhs_spec
@@ -386,7 +384,7 @@ def _times(macs: _Macs, factor: int) -> _Macs:
     return Counter({leaf: count * factor for leaf, count in macs.items()})
 
 
-def _prod_without(shape: _Shape, axes: Sequence[int]) -> int:
+def _prod_without(shape: Shape, axes: Sequence[int]) -> int:
     return math.prod(size for axis, size in enumerate(shape) if axis not in axes)
 
 
@@ -432,7 +430,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _by(shape: _Shape) -> str:
+def _by(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 

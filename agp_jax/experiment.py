@@ -16,7 +16,7 @@ from agp_jax import data
 from agp_jax.batches import check_augment
 from agp_jax.config import Config, ConfigError, make_rules, validate
 from agp_jax.costs import Cost, measure_cost
-from agp_jax.couplings import Couplings, find_couplings
+from agp_jax.couplings import Couplings
 from agp_jax.descent import make_optimizer, penalty
 from agp_jax.masks import apply_masks
 from agp_jax.meshes import make_mesh, place
@@ -27,6 +27,7 @@ from agp_jax.models.torch_weights import (
     from_state_dict,
     read_state_dict,
 )
+from agp_jax.programs.grouping import find_couplings
 from agp_jax.pruning import get_masks, prune
 from agp_jax.rules import Rule, match_rules
 from agp_jax.sources import AnySource

@@ -21,6 +21,7 @@ from jax.tree_util import (
 )
 
 PyTree = Any
+Shape = tuple[int, ...]
 
 
 def path_string(keys: KeyPath) -> str:
@@ -41,6 +42,11 @@ def flatten_with_paths(tree: PyTree) -> tuple[list[str], list[Any], PyTreeDef]:
     """The paths, the leaves and the structure of `tree`, in one order."""
     entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return [path_string(keys) for keys, _ in entries], [x for _, x in entries], treedef
+
+
+def abstract_array(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, without its numbers."""
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def leaves_of(tree: PyTree | None, paths: Sequence[str], what: str) -> list[Any]:

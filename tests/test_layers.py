@@ -23,6 +23,7 @@ ORDER = [
     "selection",  # the largest scores, exactly
     "rules",  # which parameter is pruned by what
     "packing",  # masks at one bit per weight
+    "couplings",  # which slices of which leaves go together
     # programs: what a function does to every axis
     "programs",
     "programs.jaxprs",  # traced functions as plain values
@@ -33,7 +34,7 @@ ORDER = [
     "programs.reductions",  # and for each that reduces them
     "programs.propagation",  # these rules, applied to a whole program
     "programs.analyses",  # the labels of a whole function
-    "couplings",  # which slices of which leaves go together
+    "programs.grouping",  # and the couplings that follow from them
     # prune: masks, and the optimizer that keeps them
     "cells",  # what a parameter's cells are ranked by
     "units",  # what coupled slices are ranked by

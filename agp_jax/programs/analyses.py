@@ -6,7 +6,7 @@ in one layer as in another.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from agp_jax.programs.atoms import FROZEN
 from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts, trace
 from agp_jax.programs.labels import Axis, Flow, Value
 from agp_jax.programs.propagation import propagate
-from agp_jax.trees import PyTree, flatten_with_paths
+from agp_jax.trees import PyTree, abstract_array, flatten_with_paths
 
 
 class Analysis(NamedTuple):
@@ -74,10 +74,6 @@ def analyse(
             flow.because(lambda text=text: text)
             flow.freeze(*value.axes)
     return Analysis(program, flow, paths, leaves, out)
-
-
-def abstract_array(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def stacked_atoms(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:

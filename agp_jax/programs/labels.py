@@ -14,8 +14,7 @@ import numpy as np
 
 from agp_jax.programs.atoms import FROZEN, Atoms
 from agp_jax.programs.jaxprs import Equation, Variable, source_line
-
-Shape = tuple[int, ...]
+from agp_jax.trees import Shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from agp_jax.couplings import Group, find_couplings
+from agp_jax.couplings import Group
 from agp_jax.masks import apply_masks
+from agp_jax.programs.grouping import find_couplings
 from agp_jax.thinning.cuts import Cut, cut_units
 from agp_jax.thinning.replay import thin_function
 from agp_jax.thinning.trees import thin

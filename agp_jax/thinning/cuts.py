@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agp_jax.couplings import Couplings, Group, Member, slice_flags
-from agp_jax.trees import PyTree, flatten_with_paths
-
-Shape = tuple[int, ...]
+from agp_jax.trees import PyTree, Shape, flatten_with_paths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.couplings import leaf_slices
 from agp_jax.programs.analyses import Analysis, stacked_atoms
+from agp_jax.programs.grouping import leaf_slices
 from agp_jax.programs.jaxprs import (
     Equation,
     Program,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.programs.analyses import abstract_array, analyse
+from agp_jax.programs.analyses import analyse
 from agp_jax.programs.jaxprs import (
     Equation,
     Program,
@@ -30,7 +30,7 @@ from agp_jax.thinning.remains import (
     kept_axes,
 )
 from agp_jax.thinning.resizing import RESIZED, take
-from agp_jax.trees import PyTree, flatten_with_paths
+from agp_jax.trees import PyTree, abstract_array, flatten_with_paths
 
 
 def thin_function(

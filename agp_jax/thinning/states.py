@@ -11,10 +11,9 @@ import numpy as np
 import optax
 
 from agp_jax.packing import PackedMask
-from agp_jax.programs.analyses import abstract_array
 from agp_jax.thinning.cuts import Cut
 from agp_jax.thinning.trees import is_packed, take_kept, thin, thin_leaf
-from agp_jax.trees import PyTree, flatten_with_paths, map_mirrored
+from agp_jax.trees import PyTree, abstract_array, flatten_with_paths, map_mirrored
 
 
 def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTree:
