@@ -30,6 +30,7 @@ ORDER = [
     "programs.atoms",  # what goes together, as a union-find
     "programs.labels",  # what is known about an axis
     "programs.elementwise",  # what ties what, and where zeros stay zeros
+    "programs.constants",  # what is known when tracing
     "programs.moves",  # a rule for each primitive that hands axes on
     "programs.reductions",  # and for each that reduces them
     "programs.propagation",  # these rules, applied to a whole program

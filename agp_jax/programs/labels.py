@@ -139,6 +139,11 @@ class Flow:
         self.inexact.append((axis.atoms, self._now))
 
 
+# What a primitive ties, hands on or freezes: a function of the labels so far, of the
+# equation and of the values it reads, which gives the axes of each output.
+LabelRule = Callable[[Flow, Equation, Sequence[Value]], list[list[Axis]]]
+
+
 def all_zeros(axes: Sequence[Axis]) -> frozenset[int] | None:
     """The leaves that make every one of `axes` zero where removed."""
     proofs = [axis.zeros for axis in axes]

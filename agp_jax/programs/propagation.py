@@ -10,8 +10,8 @@ import numpy as np
 
 from agp_jax.programs.elementwise import ELEMENTWISE, elementwise
 from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts
-from agp_jax.programs.labels import Axis, Flow, Value
-from agp_jax.programs.moves import MOVES, Rule, unified
+from agp_jax.programs.labels import Axis, Flow, LabelRule, Value
+from agp_jax.programs.moves import MOVES, unified
 from agp_jax.programs.reductions import REDUCTIONS
 
 
@@ -142,7 +142,7 @@ _WITH_BODIES: dict[str, Callable[[Flow, Equation, list[Value]], list[Value]]] = 
     "custom_vjp_call": _call,
 }
 
-_RULES: dict[str, Rule] = {
+_RULES: dict[str, LabelRule] = {
     **MOVES,
     **REDUCTIONS,
     **dict.fromkeys(ELEMENTWISE, _elementwise),

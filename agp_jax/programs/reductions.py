@@ -1,4 +1,4 @@
-"""Sums: primitives that reduce axes, put them in order or multiply along them.
+"""Reductions: primitives that reduce axes, put them in order or multiply along them.
 
 One small function per primitive, in a table, as in `moves`.
 """
@@ -7,16 +7,16 @@ from agp_jax.programs.jaxprs import Equation
 from agp_jax.programs.labels import (
     Axis,
     Flow,
+    LabelRule,
     all_zeros,
     any_zeros,
     continued,
     merge,
     split,
 )
-from agp_jax.programs.moves import Rule
 
 
-def _reduce(keeps_zero: bool) -> Rule:
+def _reduce(keeps_zero: bool) -> LabelRule:
     """Reduced axes change the result as they shrink: masked zeros count, too."""
 
     def rule(flow, equation, ins):
@@ -175,7 +175,7 @@ def _merge_pair(flow: Flow, first: Axis, second: Axis) -> Axis:
     return first if second.size == 1 else merge(flow, [first, second])
 
 
-REDUCTIONS: dict[str, Rule] = {
+REDUCTIONS: dict[str, LabelRule] = {
     "reduce_sum": _reduce(keeps_zero=True),
     "reduce_max": _reduce(keeps_zero=True),
     "reduce_min": _reduce(keeps_zero=True),

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agp_jax.programs.constants import known_picks
 from agp_jax.programs.jaxprs import Equation, bind, source_line
-from agp_jax.programs.moves import known_picks
 from agp_jax.programs.reductions import group_axis
 from agp_jax.thinning.remains import Kept, kept_along
 

@@ -1,0 +1,67 @@
+"""Constants: values that are known when tracing, such as tables of indices."""
+
+import jax
+import numpy as np
+
+from agp_jax.programs.elementwise import ELEMENTWISE
+from agp_jax.programs.jaxprs import Equation, Variable, bind
+from agp_jax.programs.labels import Flow
+
+# Indices are worked out when tracing if they have at most this many entries.
+_MAX_KNOWN = 2**20
+
+# Primitives whose value is worked out when all they read is known.
+_KNOWABLE = ELEMENTWISE | {
+    "iota",
+    "broadcast_in_dim",
+    "reshape",
+    "squeeze",
+    "transpose",
+    "rev",
+    "concatenate",
+    "slice",
+    "tile",
+    "stack",
+}
+
+
+def known_picks(flow: Flow, equation: Equation) -> np.ndarray | None:
+    """What a gather picks along one axis, if that is known when tracing.
+
+    An array of indices shaped like the output's axes that they make.
+    """
+    numbers, sizes = (
+        equation.params["dimension_numbers"],
+        equation.params["slice_sizes"],
+    )
+    operand = equation.inputs[0].shape
+    (axis, *others) = numbers.collapsed_slice_dims or (None,)
+    if axis is None or others or numbers.start_index_map != (axis,):
+        return None
+    one = (*operand[:axis], 1, *operand[axis + 1 :])
+    if tuple(sizes) != one or numbers.operand_batching_dims:
+        return None
+    indices = known_value(flow, equation.inputs[1])
+    if indices is None or indices.ndim < 2 or indices.size == 0:
+        return None
+    inside = indices.min() >= 0 and indices.max() < operand[axis]
+    return indices[..., 0] if inside else None
+
+
+def known_value(flow: Flow, variable: Variable) -> np.ndarray | None:
+    """The value of an integer variable that depends on constants alone, else None."""
+    if variable.constant is not None:
+        return np.asarray(variable.constant)
+    maker = flow.makers.get(variable)
+    is_index = np.dtype(variable.aval.dtype).kind in "iub"
+    if maker is None or not is_index or len(maker.outputs) > 1 or maker.bodies:
+        return None
+    if np.prod(variable.shape, dtype=np.int64) > _MAX_KNOWN:
+        return None
+    if maker.name not in _KNOWABLE:
+        return None
+    inputs = [known_value(flow, v) for v in maker.inputs]
+    if any(x is None for x in inputs):
+        return None
+    with jax.ensure_compile_time_eval():
+        return np.asarray(bind(maker, inputs)[0])
