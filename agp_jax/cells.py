@@ -7,17 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from agp_jax.bits import LOWEST, magnitude_bits, ordered_bits
+from agp_jax.boxes import any_in_boxes, fill_boxes, sum_boxes
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule
 from agp_jax.selection import Entrant
-from agp_jax.structures import (
-    Structure,
-    any_in_boxes,
-    box_shape,
-    fill_boxes,
-    grid_shape,
-    sum_boxes,
-)
+from agp_jax.structures import Structure, box_shape, grid_shape
 
 
 class Leaf(NamedTuple):

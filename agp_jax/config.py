@@ -15,7 +15,6 @@ from agp_jax.data import DATASETS
 from agp_jax.models import MODELS
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule, polynomial_schedule
-from agp_jax.units import follows_couplings
 
 
 class ConfigError(ValueError):
@@ -292,8 +291,9 @@ def validate(config: Config) -> None:
 def _check_cut_step(config: Config, rules: Sequence[Rule]) -> None:
     if not config.prune.cut_step or not rules:
         return
-    last = last_event(filter(follows_couplings, rules))
-    if not any(map(follows_couplings, rules)):
+    cut_by = [rule for rule in rules if rule.prunes_units]
+    last = last_event(cut_by)
+    if not cut_by:
         raise ConfigError(
             "config.prune.cut_step cuts out filters, channels or heads, but no rule "
             "of config.prune.rules prunes any; set it to 0"

@@ -36,7 +36,6 @@ from agp_jax.thinning.replay import thin_function
 from agp_jax.thinning.states import thin_opt_state
 from agp_jax.thinning.trees import thin
 from agp_jax.trees import PyTree
-from agp_jax.units import follows_couplings
 
 
 class State(NamedTuple):
@@ -221,7 +220,7 @@ def cut_experiment(experiment: Experiment, cut: Cut) -> Experiment:
     """
     variables = as_variables(experiment.shapes)
     thinned = jax.eval_shape(functools.partial(cut_state, cut=cut), experiment.shapes)
-    rules = tuple(rule for rule in experiment.rules if not follows_couplings(rule))
+    rules = tuple(rule for rule in experiment.rules if not rule.prunes_units)
     return experiment._replace(
         predict=thin_function(experiment.predict, variables, cut),
         forward=thin_function(experiment.forward, variables, cut),

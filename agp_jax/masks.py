@@ -22,7 +22,6 @@ from agp_jax.trees import PyTree, flatten_with_paths, leaves_of
 from agp_jax.units import (
     all_units,
     enter_group,
-    follows_couplings,
     masks_of_members,
     rank_groups,
 )
@@ -101,7 +100,7 @@ def remake_masks(
     alone = [
         leaf
         for leaf in leaves.values()
-        if couplings is None or not follows_couplings(leaf.rule)
+        if couplings is None or not leaf.rule.prunes_units
     ]
     contesting = []
     for leaf in alone:

@@ -26,7 +26,6 @@ from agp_jax.forecasts import Forecast, compare
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule
 from agp_jax.trees import PyTree, flatten_with_paths
-from agp_jax.units import follows_couplings
 from agp_jax.workdirs import WorkdirError
 
 _METRICS = "metrics.jsonl"
@@ -96,7 +95,7 @@ def count_weights(
 def _target_of(rule: Rule | None, coupled: bool, *, is_cut: bool) -> Any:
     if rule is None:
         return "tensor"
-    if follows_couplings(rule) and (coupled or is_cut):
+    if rule.prunes_units and (coupled or is_cut):
         return "units"
     return "rest" if is_cut and rule.scope == "tensor" else rule.scope
 

@@ -112,6 +112,14 @@ class Rule:
         required = [p for p in parameters if p.default is p.empty]
         return sum(p.kind in positional for p in required) > 1
 
+    @property
+    def prunes_units(self) -> bool:
+        """Whether its cells are slabs, such as filters, which other parameters share.
+
+        With couplings such a rule ranks and masks whole units.
+        """
+        return self.structure is not None and self.structure.axis is not None
+
     def __str__(self) -> str:
         return f"rule {self.pattern!r}"
 

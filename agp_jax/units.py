@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agp_jax.boxes import any_in_boxes, sum_boxes
 from agp_jax.cells import Leaf, cell_keys, keep_sharding, weight_scores
 from agp_jax.couplings import Couplings, Group, Member
 from agp_jax.rules import Rule
 from agp_jax.selection import Entrant
 from agp_jax.shardings import replicate
-from agp_jax.structures import Shape, any_in_boxes, sum_boxes
-from agp_jax.trees import flatten_with_paths
+from agp_jax.trees import Shape, flatten_with_paths
 
 
 class RankedGroup(NamedTuple):
@@ -66,7 +66,7 @@ def rank_groups(
     _check_variables(couplings, weights)
     ranked: dict[str, RankedGroup] = {}
     for leaf in leaves.values():
-        if not follows_couplings(leaf.rule):
+        if not leaf.rule.prunes_units:
             continue
         for group, member in _groups_of(leaf, couplings):
             so_far = ranked.get(group.name, RankedGroup(group, leaf.rule, ()))
@@ -78,11 +78,6 @@ def rank_groups(
                 )
             ranked[group.name] = so_far._replace(scored=(*so_far.scored, member))
     return list(ranked.values())
-
-
-def follows_couplings(rule: Rule) -> bool:
-    """Whether the rule's cells are slabs, such as filters, which others depend on."""
-    return rule.structure is not None and rule.structure.axis is not None
 
 
 def all_units(group: RankedGroup) -> jax.Array:

@@ -17,12 +17,12 @@ from test_loop import Stop, StopAt, run_quietly
 import agp_jax as agp
 import agp_jax.experiment
 from agp_jax import checkpoint, loop, reports
+from agp_jax.boxes import any_in_boxes
 from agp_jax.experiment import init_state, load_sources, make_train_step, set_up
 from agp_jax.models import MODELS
 from agp_jax.models.resnet import BasicBlock, Bottleneck, ResNet
-from agp_jax.structures import any_in_boxes, box_shape
+from agp_jax.structures import box_shape
 from agp_jax.trees import flatten_with_paths
-from agp_jax.units import follows_couplings
 
 FILES = {
     file.stem: file
@@ -157,7 +157,7 @@ def test_a_published_run_in_miniature(name, data_dirs, tmp_path, monkeypatch):
     pruned = 0
     for path, leaf in zip(paths, leaves, strict=True):
         rules = [r for r in config.prune.rules if re.fullmatch(r.pattern, path)]
-        if rules and rules[0].structure and not follows_couplings(rules[0]):
+        if rules and rules[0].structure and not rules[0].prunes_units:
             box = box_shape(rules[0].structure, leaf.shape)
             alive = any_in_boxes(np.asarray(leaf) != 0, box)
             level = rules[0].schedule.final_sparsity

@@ -20,6 +20,7 @@ ORDER = [
     "bits",  # floats as integers of the same order
     "schedules",  # when to prune how much
     "structures",  # how a tensor divides into cells
+    "boxes",  # sums over cells, the same on any mesh
     "selection",  # the largest scores, exactly
     "rules",  # which parameter is pruned by what
     "packing",  # masks at one bit per weight

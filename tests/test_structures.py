@@ -11,15 +11,9 @@ import numpy as np
 import pytest
 
 import agp_jax as agp
+from agp_jax.boxes import any_in_boxes, fill_boxes, sum_boxes
 from agp_jax.shardings import split_axis
-from agp_jax.structures import (
-    any_in_boxes,
-    box_shape,
-    fill_boxes,
-    grid_shape,
-    num_cells,
-    sum_boxes,
-)
+from agp_jax.structures import box_shape, grid_shape, num_cells
 
 # Structure, shape of the tensor, shape of its boxes written by hand.
 BOXES = {
