@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from agp_jax.batches import AUGMENTATIONS
 from agp_jax.data import DATASETS
+from agp_jax.data.augmentations import AUGMENTATIONS
 from agp_jax.models import MODELS
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule, polynomial_schedule
@@ -29,7 +29,7 @@ class Data:
       name: a dataset of `agp_jax.data.DATASETS`.
       dir: where TFDS keeps datasets; empty for its usual place.
       augment: a way of varying training images, of
-        `agp_jax.batches.AUGMENTATIONS`.
+        `agp_jax.data.augmentations.AUGMENTATIONS`.
       image_size: height and width of the crops that are trained on, where the images
         themselves are of many sizes; 0 for the dataset's own.
       hold_out: the fraction of the training images that are kept from training, and

@@ -14,9 +14,10 @@ import numpy as np
 from rich.console import Console
 
 from agp_jax import checkpoint, reports
-from agp_jax.batches import eval_batches, train_batches
 from agp_jax.config import Config, target_step, to_dict
 from agp_jax.costs import Cost
+from agp_jax.data.batches import eval_batches, train_batches
+from agp_jax.data.sources import AnySource
 from agp_jax.descent import make_learning_rate, note_loss, plateau_scale
 from agp_jax.experiment import (
     Experiment,
@@ -42,7 +43,6 @@ from agp_jax.meshes import put_batch
 from agp_jax.processes import check_same, failing_together
 from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
-from agp_jax.sources import AnySource
 from agp_jax.thinning.cuts import Cut
 from agp_jax.trees import PyTree
 from agp_jax.workdirs import check_workdir

@@ -31,8 +31,8 @@ import numpy as np
 from PIL import Image
 
 from agp_jax import data
-from agp_jax.batches import eval_batches, train_batches
-from agp_jax.sources import AnySource, EncodedSource, Source
+from agp_jax.data.batches import eval_batches, train_batches
+from agp_jax.data.sources import AnySource, EncodedSource, Source
 from benchmarks import measurements
 
 _BATCHES = {

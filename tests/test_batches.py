@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agp_jax.batches import AUGMENTATIONS, eval_batches, train_batches
-from agp_jax.crops import centre_crop
-from agp_jax.sources import DataError, EncodedSource, Source
+from agp_jax.data.augmentations import AUGMENTATIONS, centre_crop
+from agp_jax.data.batches import eval_batches, train_batches
+from agp_jax.data.sources import DataError, EncodedSource, Source
 
 
 def make_source(size, shape=(4, 4, 1), seed=0):

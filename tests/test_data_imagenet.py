@@ -35,8 +35,8 @@ from tensorflow_datasets.datasets.imagenet2012 import (
 )
 
 from agp_jax import data
-from agp_jax.batches import eval_batches, train_batches
-from agp_jax.crops import centre_crop
+from agp_jax.data.augmentations import centre_crop
+from agp_jax.data.batches import eval_batches, train_batches
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 NAME, VERSION = "imagenet2012", "5.1.0"

@@ -10,6 +10,6 @@ from agp_jax.data.datasets import DATASETS as DATASETS
 from agp_jax.data.datasets import Dataset as Dataset
 from agp_jax.data.directories import default_data_dir as default_data_dir
 from agp_jax.data.preparation import prepare as prepare
+from agp_jax.data.sources import DataError as DataError
 from agp_jax.data.splits import hold_out as hold_out
 from agp_jax.data.splits import load as load
-from agp_jax.sources import DataError as DataError

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from agp_jax.sources import DataError, Source, one_line
+from agp_jax.data.sources import DataError, Source, one_line
 
 _CIFAR10_FOLDER = "cifar-10-batches-bin"
 _CIFAR10_NAMES = "batches.meta.txt"

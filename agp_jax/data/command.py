@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 from agp_jax.data.datasets import DATASETS
 from agp_jax.data.preparation import prepare
-from agp_jax.sources import DataError
+from agp_jax.data.sources import DataError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 
-from agp_jax.sources import Source
+from agp_jax.data.sources import Source
 
 
 def read_digits() -> tuple[dict[str, Source], list[str]]:

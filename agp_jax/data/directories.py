@@ -7,7 +7,7 @@ import shlex
 import tensorflow_datasets as tfds
 
 from agp_jax.data.datasets import DATASETS, Dataset
-from agp_jax.sources import DataError, one_line
+from agp_jax.data.sources import DataError, one_line
 
 
 def default_data_dir() -> str:

@@ -34,7 +34,7 @@ from agp_jax.data.imagenet_tars import (
     list_shards,
     validation_number,
 )
-from agp_jax.sources import DataError, one_line
+from agp_jax.data.sources import DataError, one_line
 
 
 def prepare_imagenet(source: str | None, path: Path) -> None:

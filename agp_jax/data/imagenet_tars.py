@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from agp_jax.sources import DataError, one_line
+from agp_jax.data.sources import DataError, one_line
 
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _CLASSES_PER_SHARD = 4  # about 550 MB; each shard is a file that stays open

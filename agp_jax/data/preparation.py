@@ -12,7 +12,7 @@ from agp_jax.data.datasets import Dataset
 from agp_jax.data.digits import read_digits
 from agp_jax.data.directories import dataset_named, open_directory, version_path
 from agp_jax.data.imagenet import prepare_imagenet
-from agp_jax.sources import DataError, Source
+from agp_jax.data.sources import DataError, Source
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

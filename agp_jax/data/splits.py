@@ -21,7 +21,7 @@ from agp_jax.data.directories import (
     version_path,
 )
 from agp_jax.data.preparation import prepare
-from agp_jax.sources import AnySource, DataError, EncodedSource, Source
+from agp_jax.data.sources import AnySource, DataError, EncodedSource, Source
 
 
 def load(

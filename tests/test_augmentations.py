@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agp_jax.crops import DRAWS_PER_CROP, centre_crop, random_resized_crop
+from agp_jax.data.augmentations import DRAWS_PER_CROP, centre_crop, random_resized_crop
 
 
 def make_image(width, height, seed=0):

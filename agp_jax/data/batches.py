@@ -1,4 +1,4 @@
-"""Batches of images, and how training varies them.
+"""Batches of images.
 
 A training batch is a function of the seed and the step, so a resumed run needs no
 iterator state and sees the batches that the uninterrupted one would have seen.
@@ -7,75 +7,19 @@ iterator state and sees the batches that the uninterrupted one would have seen.
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grain
 import numpy as np
-from PIL import Image
 
-from agp_jax.crops import DRAWS_PER_CROP, centre_crop, random_resized_crop
-from agp_jax.sources import AnySource, EncodedSource, Source
-
-
-def _shift(images: np.ndarray, draws: np.ndarray, *, pad: int = 1) -> np.ndarray:
-    """Moves each image by up to `pad` pixels in both directions; zeros come in."""
-    _, height, width, _ = images.shape
-    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    corners = (draws[:, :2] * (2 * pad + 1)).astype(int)
-    moved = np.empty_like(images)
-    # A loop over slices copies whole rows: 3 times faster than one fancy index.
-    for i, (top, left) in enumerate(corners.tolist()):
-        moved[i] = padded[i, top : top + height, left : left + width]
-    return moved
-
-
-def _crop_flip(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Pads by 4 zeros, crops to the old size, mirrors half of the images."""
-    moved = _shift(images, draws, pad=4)
-    flipped = draws[:, 2] < 0.5
-    moved[flipped] = moved[flipped, :, ::-1]
-    return moved
-
-
-def _resized_crop_flip(
-    images: Iterable[Image.Image], draws: np.ndarray, size: int = 224
-) -> np.ndarray:
-    """Random parts of whole images at one size, half of them mirrored."""
-    crops = np.empty((len(draws), size, size, 3), np.uint8)
-    for crop, image, numbers in zip(crops, images, draws, strict=True):
-        crop[:] = random_resized_crop(image, numbers, size)
-    return crops
-
-
-def _centre_crops(images: Iterable[Image.Image], size: int) -> np.ndarray:
-    return np.stack([centre_crop(image, size) for image in images])
-
-
-# Functions of uint8 images (batch, height, width, channels) and of uniform numbers in
-# [0, 1) (batch, 3) that decide for each image. They take batches because grain's calls
-# for each example cost many times the work that is done in them. "resized_crop_flip"
-# takes whole images instead, one after the other, and DRAWS_PER_CROP numbers for each.
-AUGMENTATIONS: dict[str, Callable[[Any, np.ndarray], np.ndarray]] = {
-    "none": lambda images, draws: images,
-    "shift": _shift,
-    "crop_flip": _crop_flip,
-    "resized_crop_flip": _resized_crop_flip,
-}
-
-
-def check_augment(augment: str, source: AnySource) -> None:
-    """Raises a `ValueError` where a source's images cannot be varied so."""
-    if augment not in AUGMENTATIONS:
-        raise ValueError(f"no augmentation {augment!r} in {list(AUGMENTATIONS)}")
-    images, possible = "whole images of any size", ["none", "resized_crop_flip"]
-    if isinstance(source, Source):
-        images = "images of one size"
-        possible = [name for name in AUGMENTATIONS if name != "resized_crop_flip"]
-    if augment not in possible:
-        raise ValueError(
-            f"augmentation {augment!r} is not for {images}; choose one of {possible}"
-        )
+from agp_jax.data.augmentations import (
+    centre_crops,
+    check_augment,
+    draws_per_image,
+    vary,
+)
+from agp_jax.data.sources import AnySource, EncodedSource
 
 
 def train_batches(
@@ -118,7 +62,7 @@ def train_batches(
     size = len(source)
     local_batch = batch_size // process_count
     mine = slice(process_index * local_batch, (process_index + 1) * local_batch)
-    num_draws = 3 if isinstance(source, Source) else DRAWS_PER_CROP
+    num_draws = draws_per_image(source)
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
@@ -130,7 +74,7 @@ def train_batches(
         orders = np.concatenate([order(epoch + i) for i in range(num_epochs)])
         batch = source[orders[start : start + batch_size][mine]]
         draws = rng.random((batch_size, num_draws))  # the whole batch's, everywhere
-        images = _vary(source, augment, batch["image"], draws[mine])
+        images = vary(source, augment, batch["image"], draws[mine])
         return batch | {"image": images}
 
     # grain numbers the steps, seeds `rng` by them and reads ahead. Its own shuffle and
@@ -139,15 +83,6 @@ def train_batches(
     steps = grain.MapDataset.range(sys.maxsize).seed(seed)
     batches = steps.random_map(make_batch).slice(slice(start_step, None))
     return _read_ahead(batches, num_threads or _default_threads(source) or 1)
-
-
-def _vary(source: AnySource, augment: str, images: Any, draws: np.ndarray) -> Any:
-    """The images of a training batch."""
-    if isinstance(source, Source):
-        return AUGMENTATIONS[augment](images, draws)
-    if augment == "none":
-        return _centre_crops(images, source.image_size)
-    return _resized_crop_flip(images, draws, source.image_size)
 
 
 def eval_batches(
@@ -178,7 +113,7 @@ def eval_batches(
         weight = (indices < len(source)).astype(np.float32)
         batch = source[np.minimum(indices, len(source) - 1)]
         if isinstance(source, EncodedSource):
-            batch["image"] = _centre_crops(batch["image"], source.image_size)
+            batch["image"] = centre_crops(batch["image"], source.image_size)
         return batch | {"weight": weight}
 
     starts = grain.MapDataset.range(0, len(source), batch_size)
