@@ -18,12 +18,12 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from agp_jax.config import ConfigError
 from agp_jax.data import DataError
-from agp_jax.loop import run, show_plan
 from agp_jax.models.torch_weights import WeightsError
-from agp_jax.processes import ProcessError, connect, leave
-from agp_jax.workdirs import WorkdirError
+from agp_jax.training.config import ConfigError
+from agp_jax.training.loop import run, show_plan
+from agp_jax.training.processes import ProcessError, connect, leave
+from agp_jax.training.workdirs import WorkdirError
 
 _EMBEDDED = Path(__file__).parent / "configs" / "digits_resnet20_element_90.py"
 

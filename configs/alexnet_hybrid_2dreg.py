@@ -16,7 +16,8 @@ alexnet.safetensors in the current directory, or --config.model.weights=FILE
 (docs/models.md).
 """
 
-from agp_jax.config import Config, GroupLasso, Published
+from agp_jax.training.config import Config, GroupLasso
+from agp_jax.training.published import Published
 from configs import alexnet_element_88
 
 

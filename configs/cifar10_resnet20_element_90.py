@@ -9,7 +9,7 @@ here: it wants an accelerator.
 """
 
 import agp_jax as agp
-from agp_jax.config import Config, Data, Model, Optimizer, Prune
+from agp_jax.training.config import Config, Data, Model, Optimizer, Prune
 
 _EPOCH = 390  # steps of 128 of the 50,000 training images
 

@@ -8,7 +8,7 @@ test accuracy, dense 98.8 % (docs/results.md).
 """
 
 import agp_jax as agp
-from agp_jax.config import Config, Data, Model, Optimizer, Prune
+from agp_jax.training.config import Config, Data, Model, Optimizer, Prune
 
 
 def get_config() -> Config:

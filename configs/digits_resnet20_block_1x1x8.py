@@ -9,7 +9,7 @@ Measured with one seed: 98.9 % test accuracy (docs/results.md).
 """
 
 import agp_jax as agp
-from agp_jax.config import Config
+from agp_jax.training.config import Config
 from configs import digits_resnet20_element_90
 
 

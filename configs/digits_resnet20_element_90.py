@@ -7,7 +7,7 @@ seeds: 99.0 % test accuracy, dense 99.1 % (docs/results.md).
 """
 
 import agp_jax as agp
-from agp_jax.config import Config, Data, Model, Optimizer, Prune
+from agp_jax.training.config import Config, Data, Model, Optimizer, Prune
 
 
 def get_config() -> Config:

@@ -9,7 +9,7 @@ over three seeds: 98.7 % test accuracy with 67,208 of 268,048 weights, dense 99.
 """
 
 import agp_jax as agp
-from agp_jax.config import Config
+from agp_jax.training.config import Config
 from configs import digits_resnet20_element_90
 
 

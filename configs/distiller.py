@@ -10,7 +10,15 @@ smoothing. docs/published.md has all results.
 import dataclasses
 
 import agp_jax as agp
-from agp_jax.config import Config, Data, GroupLasso, Model, Optimizer, Prune, Published
+from agp_jax.training.config import (
+    Config,
+    Data,
+    GroupLasso,
+    Model,
+    Optimizer,
+    Prune,
+)
+from agp_jax.training.published import Published
 
 BATCH_SIZE = 256
 

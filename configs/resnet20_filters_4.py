@@ -17,7 +17,8 @@ checkpoint_trained_dense.pth.tar of Distiller's repository, in the current direc
 """
 
 import agp_jax as agp
-from agp_jax.config import Config, Published
+from agp_jax.training.config import Config
+from agp_jax.training.published import Published
 from configs import distiller
 from configs.resnet20_filters_1 import CLASSIFIER, LAST_BLOCKS, NO_LEADER, SECOND_STAGE
 

@@ -17,7 +17,7 @@ checkpoint_trained_dense.pth.tar of Distiller's repository, in the current direc
 
 import dataclasses
 
-from agp_jax.config import Config
+from agp_jax.training.config import Config
 from configs import resnet20_filters_1
 
 

@@ -15,7 +15,8 @@ resnet50.safetensors in the current directory, or --config.model.weights=FILE
 (docs/models.md).
 """
 
-from agp_jax.config import Config, Published
+from agp_jax.training.config import Config
+from agp_jax.training.published import Published
 from configs import distiller
 from configs.resnet18_element_60 import RULES
 

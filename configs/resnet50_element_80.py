@@ -13,7 +13,8 @@ resnet50.safetensors in the current directory, or --config.model.weights=FILE
 """
 
 import agp_jax as agp
-from agp_jax.config import Config, Published
+from agp_jax.training.config import Config
+from agp_jax.training.published import Published
 from configs import distiller
 
 

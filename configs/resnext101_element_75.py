@@ -17,7 +17,8 @@ resnext101_32x4d.safetensors in the current directory, or --config.model.weights
 """
 
 import agp_jax as agp
-from agp_jax.config import Config, Optimizer, Published
+from agp_jax.training.config import Config, Optimizer
+from agp_jax.training.published import Published
 from configs import distiller
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agp_jax.config import Config, Published  # noqa: E402
-from agp_jax.experiment import set_up  # noqa: E402
-from agp_jax.forecasts import Forecast, compare, make_forecast  # noqa: E402
+from agp_jax.training.config import Config  # noqa: E402
+from agp_jax.training.experiment import set_up  # noqa: E402
+from agp_jax.training.plans import Plan, make_plan  # noqa: E402
+from agp_jax.training.published import Published, compare  # noqa: E402
 
 PAGE = ROOT / "docs" / "published.md"
 BEGIN, END = "<!-- python docs/published.py -->\n", "<!-- end of tables -->\n"
@@ -46,35 +47,35 @@ def load(name: str) -> Config:
     return importlib.import_module(f"configs.{name}").get_config()
 
 
-def render(forecasts: Mapping[str, Forecast]) -> str:
+def render(plans: Mapping[str, Plan]) -> str:
     """The tables and notes, as Markdown."""
     lines = [
         "| config | weights | after the cut | non-zero | sparsity | multiply-adds "
         "| after the cut |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, forecast in forecasts.items():
-        before, after = forecast.before, forecast.after
+    for name, plan in plans.items():
+        before, after = plan.before, plan.after
         cut = after.weight_params < before.weight_params
         params = f"{after.weight_params:,} ({_kept(after, before)})" if cut else "-"
         macs = f"{after.macs:,} ({after.macs / before.macs:.2%})" if cut else "-"
         lines.append(
-            f"| `{name}` | {before.weight_params:,} | {params} | {forecast.nonzero:,} "
-            f"| {100 * forecast.sparsity:.5f} % | {before.macs:,} | {macs} |"
+            f"| `{name}` | {before.weight_params:,} | {params} | {plan.nonzero:,} "
+            f"| {100 * plan.sparsity:.5f} % | {before.macs:,} | {macs} |"
         )
     lines += [
         "",
         "| config | published in | top-1 (dense) | figures | |",
         "|---|---|---|---|---|",
     ]
-    for name, forecast in forecasts.items():
+    for name, plan in plans.items():
         published = _published(name)
-        rows = compare(forecast, published)
+        rows = compare(published, plan.before, plan.after)
         same = ", ".join(
             f"{row.quantity} {row.published}" for row in rows if row.agrees
         )
         other = ", ".join(
-            f"{row.quantity} {row.published}, here {row.forecast}"
+            f"{row.quantity} {row.published}, here {row.here}"
             for row in rows
             if not row.agrees
         )
@@ -84,7 +85,7 @@ def render(forecasts: Mapping[str, Forecast]) -> str:
             f"| {f'differs: {other}' if other else ''} |"
         )
     lines += ["", "What is wrong in the published figures:", ""]
-    for name in forecasts:
+    for name in plans:
         lines += [f"- `{name}`: {erratum}." for erratum in _published(name).errata]
     return "\n".join(lines) + "\n"
 
@@ -100,14 +101,14 @@ def _kept(after, before) -> str:
 
 
 def main() -> None:
-    forecasts = {}
+    plans = {}
     for name in ROWS:
         print(name, file=sys.stderr)
-        forecasts[name] = make_forecast(set_up(load(name)))
+        plans[name] = make_plan(set_up(load(name)))
     text = PAGE.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    PAGE.write_text(before + BEGIN + render(forecasts) + END + after)
+    PAGE.write_text(before + BEGIN + render(plans) + END + after)
 
 
 if __name__ == "__main__":

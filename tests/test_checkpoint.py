@@ -19,10 +19,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from agp_jax import checkpoint, workdirs
-from agp_jax.checkpoint import CheckpointError
-from agp_jax.processes import ProcessError
-from agp_jax.workdirs import WorkdirError
+from agp_jax.training import checkpoint, workdirs
+from agp_jax.training.checkpoint import CheckpointError
+from agp_jax.training.processes import ProcessError
+from agp_jax.training.workdirs import WorkdirError
 
 CONFIG = {"model": "tiny", "prune": {"final_sparsity": 0.9, "rules": ["a", "b"]}}
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import agp_jax as agp
-from agp_jax.config import (
+from agp_jax.training.config import (
     Config,
     ConfigError,
     Optimizer,
@@ -14,7 +14,7 @@ from agp_jax.config import (
     to_dict,
     validate,
 )
-from agp_jax.descent import make_learning_rate
+from agp_jax.training.optimizers import make_learning_rate
 
 
 def good_config(**changes):

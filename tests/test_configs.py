@@ -15,13 +15,19 @@ from jax.sharding import Mesh
 from test_loop import Stop, StopAt, run_quietly
 
 import agp_jax as agp
-import agp_jax.experiment
-from agp_jax import checkpoint, loop, reports
+import agp_jax.training.experiment
 from agp_jax.boxes import any_in_boxes
-from agp_jax.experiment import init_state, load_sources, make_train_step, set_up
 from agp_jax.models import MODELS
 from agp_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from agp_jax.structures import box_shape
+from agp_jax.training import checkpoint, loop
+from agp_jax.training.experiment import (
+    init_state,
+    load_sources,
+    make_train_step,
+    set_up,
+)
+from agp_jax.training.records import read_metrics
 from agp_jax.trees import flatten_with_paths
 
 FILES = {
@@ -141,13 +147,13 @@ def test_a_published_run_in_miniature(name, data_dirs, tmp_path, monkeypatch):
         monkeypatch.setitem(MODELS, config.model.name, shallow)
     # One device: a program for eight takes half as long again to compile.
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-    monkeypatch.setattr(agp_jax.experiment, "make_mesh", lambda fsdp: one)
+    monkeypatch.setattr(agp_jax.training.experiment, "make_mesh", lambda fsdp: one)
 
     cut_step = config.prune.cut_step
     with pytest.raises(Stop):
         loop.run(config, tmp_path, StopAt(cut_step or 3))
     summary = run_quietly(config, tmp_path)
-    records = reports.read_metrics(tmp_path)
+    records = read_metrics(tmp_path)
     assert [r["step"] for r in records] == list(range(1, config.steps + 1))
     assert all(np.isfinite(r["loss"]) for r in records)
     assert (summary["cut"] is not None) == (cut_step > 0)

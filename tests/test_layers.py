@@ -82,16 +82,20 @@ ORDER += [
     "models.folding",  # normalisation folded into kernels
     "models.torch_weights",  # published weights
     # training: an experiment from its config to its report
-    "config",
-    "descent",
-    "meshes",
-    "experiment",
-    "forecasts",
-    "processes",
-    "workdirs",
-    "checkpoint",
-    "reports",
-    "loop",
+    "training",
+    "training.published",  # what others have published
+    "training.config",  # an experiment as plain values
+    "training.optimizers",  # how weights move
+    "training.meshes",  # where arrays live
+    "training.experiment",  # a config made concrete
+    "training.plans",  # what a run will end with
+    "training.counts",  # how much of every kernel is left
+    "training.processes",  # how several train one model
+    "training.workdirs",  # the home of a run
+    "training.checkpoint",  # what it can go on from
+    "training.records",  # what it writes for programs
+    "training.reports",  # and tells people
+    "training.loop",  # the run itself
 ]
 
 PACKAGE = Path(agp_jax.__file__).parent

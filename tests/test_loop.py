@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 import agp_jax as agp
-from agp_jax import checkpoint, loop, reports
-from agp_jax.config import (
+from agp_jax.models.torch_weights import WeightsError, published_names
+from agp_jax.training import checkpoint, loop
+from agp_jax.training.config import (
     Config,
     ConfigError,
     Data,
@@ -24,10 +25,10 @@ from agp_jax.config import (
     Optimizer,
     Prune,
 )
-from agp_jax.experiment import as_variables, init_state, read_weights, set_up
-from agp_jax.models.torch_weights import WeightsError, published_names
+from agp_jax.training.experiment import as_variables, init_state, read_weights, set_up
+from agp_jax.training.records import read_metrics
+from agp_jax.training.workdirs import WorkdirError
 from agp_jax.trees import flatten_with_paths
-from agp_jax.workdirs import WorkdirError
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +94,7 @@ def assert_same_run(workdir, reference, config):
     assert step == expected_step
     assert_same_bits(state, expected)
     metrics, expected_metrics = (
-        [r | {"examples_per_second": 0} for r in reports.read_metrics(directory)]
+        [r | {"examples_per_second": 0} for r in read_metrics(directory)]
         for directory in (workdir, reference)
     )
     assert metrics == expected_metrics
@@ -114,7 +115,7 @@ def uninterrupted(config, tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_learned(uninterrupted, config):
-    records = reports.read_metrics(uninterrupted)
+    records = read_metrics(uninterrupted)
     assert [r["step"] for r in records] == [5, 10, 15, 20, 25, 30]
     levels = {0: 0.0, 5: 0.0, 10: 0.8 * 19 / 27, 15: 0.8 * 26 / 27, 20: 0.8}
     sizes = [64 * 32, 32 * 16, 16 * 10]
@@ -147,9 +148,7 @@ def test_a_run_leaves_what_it_learned(uninterrupted, config):
 
 def test_the_best_checkpoint_is_one_at_target_sparsity(uninterrupted):
     summary = json.loads((uninterrupted / "summary.json").read_text())
-    accuracies = {
-        r["step"]: r["test_accuracy"] for r in reports.read_metrics(uninterrupted)
-    }
+    accuracies = {r["step"]: r["test_accuracy"] for r in read_metrics(uninterrupted)}
     at_target = {step: a for step, a in accuracies.items() if step >= 20}
     assert summary["best_step"] in at_target
     assert summary["best_test_accuracy"] == max(at_target.values())
@@ -166,10 +165,10 @@ def test_the_weights_alone_can_be_had(uninterrupted, config):
 
 
 def test_the_same_command_again_changes_nothing(uninterrupted, config):
-    before = reports.read_metrics(uninterrupted)
+    before = read_metrics(uninterrupted)
     summary = (uninterrupted / "summary.json").read_text()
     run_quietly(config, uninterrupted)
-    assert reports.read_metrics(uninterrupted) == before
+    assert read_metrics(uninterrupted) == before
     assert (uninterrupted / "summary.json").read_text() == summary
 
 
@@ -210,7 +209,7 @@ def test_a_run_resumes_on_another_layout(
         assert_same_bits(state, states[0][1])
     run_quietly(configs[then], tmp_path)
     for record, expected in zip(
-        reports.read_metrics(tmp_path), reports.read_metrics(uninterrupted), strict=True
+        read_metrics(tmp_path), read_metrics(uninterrupted), strict=True
     ):
         assert record["sparsity"] == expected["sparsity"]
         np.testing.assert_allclose(record["loss"], expected["loss"], rtol=1e-5)
@@ -286,7 +285,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(digits_dir, tmp_p
     for lines in (1, 6, 12):  # of metrics after which the run is killed
         process = start(config_file, tmp_path / "run")
         while process.poll() is None:
-            if len(reports.read_metrics(tmp_path / "run")) >= lines:
+            if len(read_metrics(tmp_path / "run")) >= lines:
                 time.sleep(rng.uniform(0, 0.05))  # to hit training, saving and logging
                 process.send_signal(signal.SIGKILL)
                 num_kills += process.wait() == -signal.SIGKILL
@@ -358,7 +357,7 @@ def test_units_are_cut_out_and_a_smaller_model_trains_on(digits_dir, tmp_path):
     assert summary["all_params"] == after["params"]
     assert summary["params"] == before["weights"]
     assert summary["nonzero"] == after["weights"]
-    records = reports.read_metrics(tmp_path)
+    records = read_metrics(tmp_path)
     assert [r["step"] for r in records] == list(range(5, 31, 5))
     assert [r["step"] for r in records if "masked_test_accuracy" in r] == [20]
     assert records[-1]["loss"] < records[3]["loss"]
@@ -375,7 +374,7 @@ def test_a_run_resumes_before_and_after_its_cut(digits_dir, tmp_path, stopped_at
         loop.run(config, tmp_path / "stopped", StopAt(stopped_at))
     resumed = run_quietly(config, tmp_path / "stopped")
     for directory in ("whole", "stopped"):
-        assert reports.read_metrics(tmp_path / directory)[-1]["step"] == 30
+        assert read_metrics(tmp_path / directory)[-1]["step"] == 30
     assert resumed["test_accuracy"] == whole["test_accuracy"]
     variables = [
         checkpoint.restore_variables(tmp_path / directory, step="latest")
@@ -438,7 +437,7 @@ def test_without_couplings_a_cut_takes_what_masked_filters_added(digits_dir, tmp
     before, after = summary["cut"]["before"], summary["cut"]["after"]
     assert after["weights"] == 64 * 16 + 16 * 8 + 8 * 10
     # The biases of masked features still acted before the cut.
-    records = reports.read_metrics(tmp_path)
+    records = read_metrics(tmp_path)
     (at_cut,) = (r for r in records if "masked_test_accuracy" in r)
     assert before["test_accuracy"] == at_cut["masked_test_accuracy"]
 
@@ -448,7 +447,7 @@ def test_the_best_checkpoint_is_chosen_by_what_was_held_out(digits_dir, tmp_path
     config.data.hold_out = 0.25
     assert config.steps_per_epoch == 16  # 1,347 - 336 images by 64
     summary = run_quietly(config, tmp_path)
-    records = reports.read_metrics(tmp_path)
+    records = read_metrics(tmp_path)
     judged = {r["step"]: r["validation_accuracy"] for r in records if r["step"] >= 20}
     assert judged[summary["best_step"]] == max(judged.values())
     assert all(0 < r["validation_loss"] < 5 > r["test_loss"] for r in records)

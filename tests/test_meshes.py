@@ -10,9 +10,14 @@ from jax.sharding import PartitionSpec
 from test_loop import tiny_config
 
 import agp_jax as agp
-from agp_jax.config import ConfigError, Devices, Optimizer
-from agp_jax.experiment import init_state, load_sources, make_train_step, set_up
-from agp_jax.meshes import make_mesh, place, put_batch
+from agp_jax.training.config import ConfigError, Devices, Optimizer
+from agp_jax.training.experiment import (
+    init_state,
+    load_sources,
+    make_train_step,
+    set_up,
+)
+from agp_jax.training.meshes import make_mesh, place, put_batch
 from agp_jax.trees import flatten_with_paths
 
 

@@ -20,10 +20,11 @@ from rich.console import Console
 from test_loop import Stop, StopAt, cut_config, state_on_disk, tiny_config
 
 import agp_jax as agp
-from agp_jax import checkpoint, loop, processes, reports, workdirs
-from agp_jax.config import Devices, Prune
-from agp_jax.experiment import init_state, set_up
-from agp_jax.processes import ProcessError
+from agp_jax.training import checkpoint, loop, processes, workdirs
+from agp_jax.training.config import Devices, Prune
+from agp_jax.training.experiment import init_state, set_up
+from agp_jax.training.processes import ProcessError
+from agp_jax.training.records import read_metrics
 
 ROOT = Path(__file__).parents[1]
 _MAX_SECONDS = 300
@@ -256,7 +257,7 @@ def runs(digits_dir, tmp_path_factory):
 
 
 def metrics(workdir):
-    return [r | {"examples_per_second": 0} for r in reports.read_metrics(workdir)]
+    return [r | {"examples_per_second": 0} for r in read_metrics(workdir)]
 
 
 def test_the_run_is_the_same_in_any_number_of_processes(runs):
@@ -309,7 +310,7 @@ def test_one_process_writes_and_the_others_are_quiet(runs):
     for workdir in (runs.two, runs.four):
         names = {path.name for path in workdir.iterdir()}
         assert names == {path.name for path in runs.one.iterdir()}
-        assert len(reports.read_metrics(workdir)) == 3
+        assert len(read_metrics(workdir)) == 3
 
 
 def test_an_error_ends_all_processes(runs, tmp_path):
@@ -333,7 +334,7 @@ def test_an_error_of_one_process_ends_the_others(digits_dir, tmp_path):
     results = finish(start(2, 1, fail_alone, tmp_path, digits_dir), timeout=90)
     assert [code for _, code, _ in results] == [1, 1]
     assert "error: no space left" in results[1][0]
-    assert [r["step"] for r in reports.read_metrics(tmp_path / "run")] == [4]
+    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [4]
 
 
 def test_processes_find_out_what_sets_them_apart(digits_dir, tmp_path):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agp_jax.descent import make_learning_rate
-from agp_jax.experiment import set_up
-from agp_jax.forecasts import make_forecast
+from agp_jax.training.experiment import set_up
+from agp_jax.training.optimizers import make_learning_rate
+from agp_jax.training.plans import make_plan
 
 DOCS = Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS))
@@ -88,8 +88,8 @@ TENSORS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_ends_with_the_published_counts(name):
     (params_dense, macs_dense), params, nonzero, macs, sparsity = ROWS[name]
-    forecast = make_forecast(set_up(published.load(name)))
-    plan = forecast.to_dict()
+    plan = make_plan(set_up(published.load(name)))
+    plan = plan.to_dict()
     found = {key: plan[key] for key in ("params_dense", "params", "nonzero")}
     assert found == dict(params_dense=params_dense, params=params, nonzero=nonzero)
     assert (plan["macs_dense"], plan["macs"]) == (macs_dense, macs)
@@ -102,7 +102,7 @@ def test_a_row_ends_with_the_published_counts(name):
         assert tensors[tensor]["nonzero"] == count, tensor
 
     page = (DOCS / "published.md").read_text()
-    for line in published.render({name: forecast}).splitlines():
+    for line in published.render({name: plan}).splitlines():
         assert line in page, "run python docs/published.py"
 
 

@@ -7,8 +7,15 @@ from PIL import Image
 from rich.console import Console
 
 import agp_jax as agp
-from agp_jax import reports
-from agp_jax.workdirs import WorkdirError
+from agp_jax.training import reports
+from agp_jax.training.counts import count_weights, total_sparsity, total_target
+from agp_jax.training.records import (
+    append_metrics,
+    read_metrics,
+    rewind_metrics,
+    write_summary,
+)
+from agp_jax.training.workdirs import WorkdirError
 
 SCHEDULE = agp.polynomial_schedule(0.8, begin_step=10, end_step=20, frequency=5)
 PARAMS = {
@@ -20,7 +27,7 @@ PARAMS = {
 def count(step):
     rules = [agp.Rule("conv/kernel", agp.element(), SCHEDULE, scope="rule")]
     matched = agp.match_rules(rules, PARAMS)
-    return reports.count_weights(PARAMS, matched, step, original=PARAMS, coupled=False)
+    return count_weights(PARAMS, matched, step, original=PARAMS, coupled=False)
 
 
 def test_kernels_are_counted_and_biases_are_not():
@@ -33,8 +40,8 @@ def test_kernels_are_counted_and_biases_are_not():
         6,
         None,
     )
-    assert reports.total_sparsity([conv, head]) == 1 - 8 / 10
-    np.testing.assert_allclose(reports.total_target([conv, head]), 0.8 * 4 / 10)
+    assert total_sparsity([conv, head]) == 1 - 8 / 10
+    np.testing.assert_allclose(total_target([conv, head]), 0.8 * 4 / 10)
 
 
 def test_targets_follow_the_schedule():
@@ -46,13 +53,13 @@ def test_what_was_cut_out_counts_as_zero_and_units_have_no_total_target():
     whole = {"conv": {"kernel": jnp.ones((1, 8)), "bias": jnp.ones(8)}}
     whole["head"] = {"kernel": jnp.ones((6, 2))}
     rules = [agp.Rule("conv/kernel", agp.filters(), SCHEDULE)]
-    conv, head = reports.count_weights(
+    conv, head = count_weights(
         PARAMS, agp.match_rules(rules, PARAMS), 20, original=whole, coupled=True
     )
     assert (conv.shape, conv.nonzero, conv.sparsity) == ((1, 8), 2, 0.75)
     assert (head.weights, head.nonzero) == (12, 6)
     assert conv.target == 0.8 and conv.target_of == "units"
-    assert reports.total_target([conv, head]) is None
+    assert total_target([conv, head]) is None
 
 
 def test_the_table_has_a_line_per_tensor_and_the_totals():
@@ -66,17 +73,17 @@ def test_the_table_has_a_line_per_tensor_and_the_totals():
 
 
 def test_metrics_come_back_without_what_came_after_a_step(tmp_path):
-    assert reports.read_metrics(tmp_path) == []
+    assert read_metrics(tmp_path) == []
     records = [{"step": step, "loss": 1 / step} for step in (10, 20, 30)]
     for record in records:
-        reports.append_metrics(tmp_path, record)
-    assert reports.read_metrics(tmp_path) == records
+        append_metrics(tmp_path, record)
+    assert read_metrics(tmp_path) == records
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # cut short by a kill
-    assert reports.read_metrics(tmp_path) == records
-    reports.rewind_metrics(tmp_path, 20)
-    reports.append_metrics(tmp_path, records[2])
-    assert reports.read_metrics(tmp_path) == records
+    assert read_metrics(tmp_path) == records
+    rewind_metrics(tmp_path, 20)
+    append_metrics(tmp_path, records[2])
+    assert read_metrics(tmp_path) == records
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 10}\n', "no json\n"])
@@ -84,12 +91,12 @@ def test_metrics_that_do_not_reach_the_step_are_refused(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
     with pytest.raises(WorkdirError, match="metrics.jsonl"):
-        reports.rewind_metrics(tmp_path, 20)
+        rewind_metrics(tmp_path, 20)
     assert path.read_text() == content
 
 
 def test_the_summary_is_json(tmp_path):
-    path = reports.write_summary(tmp_path, {"sparsity": 0.9})
+    path = write_summary(tmp_path, {"sparsity": 0.9})
     assert json.loads(path.read_text()) == {"sparsity": 0.9}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agp_jax import workdirs
-from agp_jax.workdirs import WorkdirError
+from agp_jax.training import workdirs
+from agp_jax.training.workdirs import WorkdirError
 
 CONFIG = {"model": "tiny", "prune": {"final_sparsity": 0.9, "rules": ["a", "b"]}}
 

@@ -47,6 +47,7 @@ def train_batches(
     or at its `close()`. By default there is one for images in memory, which leaves the
     other cores to XLA, and one per core for images that must be decoded.
 
+    >>> from agp_jax.data.sources import Source
     >>> source = Source(np.zeros((6, 2, 2, 1), np.uint8), np.arange(6, dtype=np.int32))
     >>> batches = train_batches(source, batch_size=3, seed=0)
     >>> sorted(np.concatenate([next(batches)["label"] for _ in range(2)]).tolist())
@@ -100,6 +101,7 @@ def eval_batches(
     divided among the processes in contiguous parts, so all yield as many batches.
     Threads decode ahead as in `train_batches`; images in memory need none by default.
 
+    >>> from agp_jax.data.sources import Source
     >>> source = Source(np.zeros((3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32))
     >>> [batch["weight"].tolist() for batch in eval_batches(source, batch_size=2)]
     [[1.0, 1.0], [1.0, 0.0]]

@@ -1,4 +1,4 @@
-"""Forecasts against what training ends with."""
+"""Plans against what training ends with."""
 
 import io
 import json
@@ -10,10 +10,11 @@ from rich.console import Console
 from test_loop import cut_config, run_quietly, tiny_config
 
 import agp_jax as agp
-from agp_jax import checkpoint, loop
-from agp_jax.config import ConfigError, Published
-from agp_jax.experiment import set_up
-from agp_jax.forecasts import compare, make_forecast
+from agp_jax.training import checkpoint, loop
+from agp_jax.training.config import ConfigError
+from agp_jax.training.experiment import set_up
+from agp_jax.training.plans import make_plan
+from agp_jax.training.published import Published, compare
 from agp_jax.trees import flatten_with_paths
 
 
@@ -54,9 +55,9 @@ def filters_then_elements(data_dir):
     "make_config",
     [elements, ranked_together, units_without_cut, uncoupled, filters_then_elements],
 )
-def test_training_ends_with_what_was_forecast(make_config, digits_dir, tmp_path):
+def test_training_ends_with_what_was_planned(make_config, digits_dir, tmp_path):
     config = make_config(digits_dir)
-    forecast = make_forecast(set_up(config))
+    plan = make_plan(set_up(config))
     run_quietly(config, tmp_path)
     variables = checkpoint.restore_variables(tmp_path, step="latest")
     paths, leaves, _ = flatten_with_paths(variables["params"])
@@ -65,30 +66,30 @@ def test_training_ends_with_what_was_forecast(make_config, digits_dir, tmp_path)
         for path, leaf in zip(paths, leaves, strict=True)
         if leaf.ndim > 1
     }
-    shapes = {t.path: t.after.shape for t in forecast.tensors}
+    shapes = {t.path: t.after.shape for t in plan.tensors}
     assert shapes == {path: kernel.shape for path, kernel in kernels.items()}
     nonzero = {path: int((kernel != 0).sum()) for path, kernel in kernels.items()}
-    assert forecast.nonzero == sum(nonzero.values())
+    assert plan.nonzero == sum(nonzero.values())
     if make_config is not ranked_together:  # there it depends on the weights
-        assert {t.path: t.after.nonzero for t in forecast.tensors} == nonzero
+        assert {t.path: t.after.nonzero for t in plan.tensors} == nonzero
 
 
 def test_a_plan_needs_no_data_and_lets_the_run_follow(digits_dir, tmp_path):
     config = cut_config(str(tmp_path / "no data"))
     workdir = tmp_path / "run"
     console = Console(file=io.StringIO(), width=100)
-    forecast = loop.show_plan(config, workdir, console)
+    plan = loop.show_plan(config, workdir, console)
     assert not (tmp_path / "no data").exists()
-    assert json.loads((workdir / "plan.json").read_text()) == forecast.to_dict()
+    assert json.loads((workdir / "plan.json").read_text()) == plan.to_dict()
     lines = [line.split() for line in console.file.getvalue().splitlines()]
     assert ["10", "0.454545", "35.19%"] in lines  # of 22 steps per epoch
     assert ["weights", "2,720", "1,232", "45.2941%"] in lines
     config.data.dir = digits_dir
-    assert run_quietly(config, workdir)["nonzero"] == forecast.nonzero
+    assert run_quietly(config, workdir)["nonzero"] == plan.nonzero
 
 
 def test_plan_json_has_events_tensors_and_totals(digits_dir):
-    plan = make_forecast(set_up(filters_then_elements(digits_dir))).to_dict()
+    plan = make_plan(set_up(filters_then_elements(digits_dir))).to_dict()
     whole, rest = [64 * 32, 32 * 16, 16 * 10], [64 * 16, 16 * 8, 8 * 10]
     nonzero = [64 * 16, 16 * 8 // 4, 8 * 10 // 4]
     assert plan["params_dense"] == plan["macs_dense"] == sum(whole)
@@ -110,19 +111,19 @@ def test_plan_json_has_events_tensors_and_totals(digits_dir):
 
 
 def test_figures_are_compared_as_they_are_printed(digits_dir):
-    forecast = make_forecast(set_up(elements(digits_dir)))
-    sparsity = 100 * forecast.sparsity  # 79.98
+    plan = make_plan(set_up(elements(digits_dir)))
+    sparsity = 100 * plan.sparsity  # 79.98
     published = Published(
         source="a table",
         sparsity=f"{sparsity:.1f}",
         params_kept="99.99",
-        nonzero=forecast.nonzero + 1,
-        macs=forecast.after.macs,
+        nonzero=plan.nonzero + 1,
+        macs=plan.after.macs,
     )
-    rows = {row.quantity: row for row in compare(forecast, published)}
+    rows = {row.quantity: row for row in compare(published, plan.before, plan.after)}
     assert [row.agrees for row in rows.values()] == [True, False, False, True]
-    assert rows["zero weights (%)"].forecast == "80.0"
-    assert rows["weights kept (%)"].forecast == "100.00"
+    assert rows["zero weights (%)"].here == "80.0"
+    assert rows["weights kept (%)"].here == "100.00"
 
 
 def test_a_plan_of_a_bad_config_is_refused(digits_dir):
@@ -135,6 +136,6 @@ def test_a_plan_of_a_bad_config_is_refused(digits_dir):
 def test_a_dense_model_can_be_planned(digits_dir):
     config = tiny_config(digits_dir)
     config.prune.enabled = False
-    forecast = make_forecast(set_up(config))
-    assert forecast.nonzero == forecast.before.weight_params
-    assert jax.tree.leaves(forecast.rules) == []
+    plan = make_plan(set_up(config))
+    assert plan.nonzero == plan.before.weight_params
+    assert jax.tree.leaves(plan.rules) == []

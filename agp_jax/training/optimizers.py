@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agp_jax.config import Config, GroupLasso
+from agp_jax.training.config import Config, GroupLasso
 from agp_jax.trees import PyTree, flatten_with_paths
 
 

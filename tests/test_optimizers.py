@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from agp_jax.config import Config, GroupLasso, Optimizer
-from agp_jax.descent import (
+from agp_jax.training.config import Config, GroupLasso, Optimizer
+from agp_jax.training.optimizers import (
     make_learning_rate,
     make_optimizer,
     note_loss,

@@ -26,8 +26,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from agp_jax.training.workdirs import (
+    PathLike,
+    WorkdirError,
+    describe_cause,
+    list_differences,
+)
 from agp_jax.trees import PyTree
-from agp_jax.workdirs import PathLike, WorkdirError, describe_cause, list_differences
 
 _MAX_LEAVES_SHOWN = 8
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from agp_jax.processes import failing_together
+from agp_jax.training.processes import failing_together
 
 PathLike = str | os.PathLike[str]
 

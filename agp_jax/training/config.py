@@ -15,6 +15,7 @@ from agp_jax.data.augmentations import AUGMENTATIONS
 from agp_jax.models import MODELS
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule, polynomial_schedule
+from agp_jax.training.published import Published
 
 
 class ConfigError(ValueError):
@@ -169,37 +170,6 @@ class Devices:
     """
 
     fsdp: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """What others have published of an experiment, to compare a plan with.
-
-    Numbers are as printed there; None where there is none. Not part of the experiment.
-
-    Attributes:
-      source: where.
-      sparsity: percent of zeros among the convolution and dense weights that are left.
-      params_kept: percent of them that are left.
-      compute_kept: percent of the multiply-adds that are left.
-      params: how many convolution and dense weights are left.
-      nonzero: how many of them are not zero.
-      macs: how many multiply-adds per image are left.
-      top1: percent of test images classified correctly.
-      base_top1: the same before pruning.
-      errata: what is wrong in these figures, a sentence each.
-    """
-
-    source: str
-    sparsity: str | None = None
-    params_kept: str | None = None
-    compute_kept: str | None = None
-    params: int | None = None
-    nonzero: int | None = None
-    macs: int | None = None
-    top1: str | None = None
-    base_top1: str | None = None
-    errata: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass

@@ -11,25 +11,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from agp_jax.config import Published, last_event
 from agp_jax.costs import Cost, LeafCost, measure_cost
-from agp_jax.experiment import (
-    Experiment,
-    as_variables,
-    cost_before,
-    cut_experiment,
-    cut_of_masks,
-)
 from agp_jax.masks import apply_masks, make_masks
 from agp_jax.models.torch_weights import published_names
 from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
 from agp_jax.structures import num_cells
 from agp_jax.thinning.trees import thin
+from agp_jax.training.config import last_event
+from agp_jax.training.experiment import (
+    Experiment,
+    as_variables,
+    cost_before,
+    cut_experiment,
+    cut_of_masks,
+)
 from agp_jax.trees import PyTree, flatten_with_paths
 
 
-class TensorForecast(NamedTuple):
+class TensorPlan(NamedTuple):
     """A convolution or dense kernel, before any cut and in the end.
 
     Attributes:
@@ -50,7 +50,7 @@ class TensorForecast(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecast:
+class Plan:
     """What an experiment will end with.
 
     Attributes:
@@ -61,7 +61,7 @@ class Forecast:
     """
 
     rules: tuple[Rule, ...]
-    tensors: tuple[TensorForecast, ...]
+    tensors: tuple[TensorPlan, ...]
     before: Cost
     after: Cost
 
@@ -77,7 +77,7 @@ class Forecast:
         return 1.0 - self.nonzero / self.after.weight_params
 
     def to_dict(self) -> dict[str, Any]:
-        """The forecast as JSON values, the sparsity in percent."""
+        """The plan as JSON values, the sparsity in percent."""
         return {
             "params_dense": self.before.weight_params,
             "params": self.after.weight_params,
@@ -112,7 +112,7 @@ def _describe_rule(rule: Rule) -> dict[str, Any]:
     }
 
 
-def make_forecast(experiment: Experiment) -> Forecast:
+def make_plan(experiment: Experiment) -> Plan:
     """What `experiment`, of which nothing has been cut yet, will end with.
 
     With `scope="rule"` the counts of single tensors are those of random weights; their
@@ -132,7 +132,7 @@ def make_forecast(experiment: Experiment) -> Forecast:
     image = jax.ShapeDtypeStruct((1, *experiment.dataset.image_shape), np.float32)
     before = cost_before(first)
     after = measure_cost(experiment.predict, variables, image)
-    return Forecast(
+    return Plan(
         rules=tuple(rule for rule in first.rules if rule.structure),
         tensors=_pair(first, experiment, before, after),
         before=before,
@@ -176,7 +176,7 @@ def _prune(
 
 def _pair(
     first: Experiment, last: Experiment, before: Cost, after: Cost
-) -> tuple[TensorForecast, ...]:
+) -> tuple[TensorPlan, ...]:
     names = _published_names(first)
     start = "params/"
     rules: dict[str, tuple[Rule, ...]] = {}
@@ -192,7 +192,7 @@ def _pair(
     for leaf in before.weights:
         path = leaf.path.removeprefix(start)
         tensors.append(
-            TensorForecast(
+            TensorPlan(
                 path=path,
                 published_name=names.get(leaf.path),
                 rules=rules[path],
@@ -215,40 +215,3 @@ def _published_names(experiment: Experiment) -> dict[str, str]:
         return published_names(experiment.config.model.name, experiment.original)
     except ValueError:  # a model that nobody has published weights of
         return {}
-
-
-class Comparison(NamedTuple):
-    """A published figure and ours, written alike."""
-
-    quantity: str
-    published: str
-    forecast: str
-
-    @property
-    def agrees(self) -> bool:
-        return self.published == self.forecast
-
-
-def compare(forecast: Forecast, published: Published) -> list[Comparison]:
-    """The published figures that a forecast can be held against."""
-    before, after = forecast.before, forecast.after
-    params_kept = after.weight_params / before.weight_params
-    percentages = {
-        "zero weights (%)": (published.sparsity, forecast.sparsity),
-        "weights kept (%)": (published.params_kept, params_kept),
-        "multiply-adds kept (%)": (published.compute_kept, after.macs / before.macs),
-    }
-    counts = {
-        "weights": (published.params, after.weight_params),
-        "non-zero weights": (published.nonzero, forecast.nonzero),
-        "multiply-adds": (published.macs, after.macs),
-    }
-    rows = []
-    for quantity, (theirs, ours) in percentages.items():
-        if theirs is not None:
-            decimals = len(theirs.partition(".")[2])
-            rows.append(Comparison(quantity, theirs, f"{100 * ours:.{decimals}f}"))
-    for quantity, (theirs, ours) in counts.items():
-        if theirs is not None:
-            rows.append(Comparison(quantity, f"{theirs:,}", f"{ours:,}"))
-    return rows

@@ -13,14 +13,11 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agp_jax import data
-from agp_jax.config import Config, ConfigError, make_rules, validate
 from agp_jax.costs import Cost, measure_cost
 from agp_jax.couplings import Couplings
 from agp_jax.data.augmentations import check_augment
 from agp_jax.data.sources import AnySource
-from agp_jax.descent import make_optimizer, penalty
 from agp_jax.masks import apply_masks
-from agp_jax.meshes import make_mesh, place
 from agp_jax.models import make_model
 from agp_jax.models.folding import fold_norms
 from agp_jax.models.torch_weights import (
@@ -35,6 +32,9 @@ from agp_jax.thinning.cuts import Cut, plan_cut
 from agp_jax.thinning.replay import thin_function
 from agp_jax.thinning.states import thin_opt_state
 from agp_jax.thinning.trees import thin
+from agp_jax.training.config import Config, ConfigError, make_rules, validate
+from agp_jax.training.meshes import make_mesh, place
+from agp_jax.training.optimizers import make_optimizer, penalty
 from agp_jax.trees import PyTree
 
 

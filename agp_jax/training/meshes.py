@@ -9,7 +9,7 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from agp_jax.config import ConfigError
+from agp_jax.training.config import ConfigError
 from agp_jax.trees import PyTree
 
 _MIN_DIVIDED = 1024  # entries: bringing fewer together costs more than a copy of all

@@ -13,13 +13,22 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from agp_jax import checkpoint, reports
-from agp_jax.config import Config, target_step, to_dict
 from agp_jax.costs import Cost
 from agp_jax.data.batches import eval_batches, train_batches
 from agp_jax.data.sources import AnySource
-from agp_jax.descent import make_learning_rate, note_loss, plateau_scale
-from agp_jax.experiment import (
+from agp_jax.masks import fingerprint
+from agp_jax.pruning import get_masks
+from agp_jax.rules import Rule
+from agp_jax.thinning.cuts import Cut
+from agp_jax.training import checkpoint, reports
+from agp_jax.training.config import Config, target_step, to_dict
+from agp_jax.training.counts import (
+    TensorCount,
+    count_weights,
+    total_sparsity,
+    total_target,
+)
+from agp_jax.training.experiment import (
     Experiment,
     Sources,
     State,
@@ -37,15 +46,19 @@ from agp_jax.experiment import (
     read_weights,
     set_up,
 )
-from agp_jax.forecasts import Forecast, make_forecast
-from agp_jax.masks import fingerprint
-from agp_jax.meshes import put_batch
-from agp_jax.processes import check_same, failing_together
-from agp_jax.pruning import get_masks
-from agp_jax.rules import Rule
-from agp_jax.thinning.cuts import Cut
+from agp_jax.training.meshes import put_batch
+from agp_jax.training.optimizers import make_learning_rate, note_loss, plateau_scale
+from agp_jax.training.plans import Plan, make_plan
+from agp_jax.training.processes import check_same, failing_together
+from agp_jax.training.records import (
+    append_metrics,
+    read_metrics,
+    rewind_metrics,
+    write_plan,
+    write_summary,
+)
+from agp_jax.training.workdirs import check_workdir
 from agp_jax.trees import PyTree
-from agp_jax.workdirs import check_workdir
 
 
 def run(
@@ -88,7 +101,7 @@ def run(
         step = int(state.step)
         with failing_together():
             if jax.process_index() == 0:
-                reports.rewind_metrics(workdir, step)
+                rewind_metrics(workdir, step)
         _announce(console, experiment, workdir, step)
         experiment, state = _train(
             experiment, sources, state, manager, workdir, console
@@ -98,7 +111,7 @@ def run(
 
 def show_plan(
     config: Config, workdir: str | Path | None = None, console: Console | None = None
-) -> Forecast:
+) -> Plan:
     """Prints what an experiment will end with; with a `workdir` also writes it there.
 
     Needs no data and trains nothing.
@@ -111,12 +124,12 @@ def show_plan(
         console = Console()
         if not console.is_terminal:
             console.width = 120  # tables in a file keep paths whole
-    forecast = make_forecast(set_up(config))
-    reports.print_forecast(console, forecast, config)
+    plan = make_plan(set_up(config))
+    reports.print_plan(console, plan, config)
     if workdir is not None:
-        path = reports.write_plan(Path(workdir), forecast)
+        path = write_plan(Path(workdir), plan)
         console.print(f"wrote {path}", soft_wrap=True)
-    return forecast
+    return plan
 
 
 def _checksum(config: Config) -> int:
@@ -199,7 +212,7 @@ def _train(
                     opt_state=note_loss(config, state.opt_state, loss)
                 )
             if jax.process_index() == 0:
-                reports.append_metrics(workdir, record)
+                append_metrics(workdir, record)
             show(step, _describe(record))
             if step % config.checkpoint_every == 0 or step == config.steps:
                 at_target = step >= target_step(config)
@@ -222,8 +235,8 @@ def _measure(
         "step": int(state.step),
         "loss": means["loss"],
         "train_accuracy": means["accuracy"],
-        "sparsity_target": reports.total_target(counts),
-        "sparsity": reports.total_sparsity(counts),
+        "sparsity_target": total_target(counts),
+        "sparsity": total_sparsity(counts),
         "mask_fingerprint": _agreed_fingerprint(experiment, state),
     }
 
@@ -245,8 +258,8 @@ def _cut_out(
     return smaller, state
 
 
-def _count_weights(experiment: Experiment, state: State) -> list[reports.TensorCount]:
-    return reports.count_weights(
+def _count_weights(experiment: Experiment, state: State) -> list[TensorCount]:
+    return count_weights(
         state.params,
         experiment.matched,
         int(state.step),
@@ -362,15 +375,15 @@ def _finish(
     best_step = checkpoint.best_step(manager)
     if jax.process_index() > 0:
         return None
-    records = reports.read_metrics(workdir)
+    records = read_metrics(workdir)
     accuracies = {r["step"]: r["test_accuracy"] for r in records}
     summary = {
         "step": int(state.step),
         "test_accuracy": records[-1]["test_accuracy"],
         "best_step": best_step,
         "best_test_accuracy": accuracies.get(best_step),
-        "sparsity": reports.total_sparsity(counts),
-        "sparsity_target": reports.total_target(counts),
+        "sparsity": total_sparsity(counts),
+        "sparsity_target": total_target(counts),
         "nonzero": sum(c.nonzero for c in counts),
         "params": sum(c.weights for c in counts),
         "all_params": sum(x.size for x in jax.tree.leaves(state.params)),
@@ -381,7 +394,7 @@ def _finish(
     if summary["cut"]:
         console.print(reports.cut_table(summary["cut"]))
     written = [
-        reports.write_summary(workdir, summary),
+        write_summary(workdir, summary),
         reports.plot_metrics(workdir, records),
     ]
     console.print(

@@ -1,0 +1,101 @@
+"""Counts: how much of every kernel is left, and how much was asked to go."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from agp_jax.rules import Rule
+from agp_jax.trees import PyTree, flatten_with_paths
+
+
+class TensorCount(NamedTuple):
+    """One convolution or dense kernel, and how much of it is left.
+
+    `shape` is that before any cut. `target` is the sparsity its rule asks for: of it,
+    of all tensors of the rule, of the units that it is part of or of the rest that a
+    cut has left, as `target_of` says; None where no rule prunes it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    nonzero: int
+    target: float | None
+    target_of: Literal["tensor", "rule", "units", "rest"]
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.nonzero / self.weights
+
+
+def count_weights(
+    params: PyTree, matched: PyTree, step: int, *, original: PyTree, coupled: bool
+) -> list[TensorCount]:
+    """Counts the non-zero weights of every kernel: of parameters with two or more axes.
+
+    Biases and normalisation are left out, as they are in published pruning results.
+
+    Args:
+      params: the parameters.
+      matched: the rules by parameter, from `match_rules`.
+      step: the number of updates done, which fixes the targets.
+      original: arrays or shapes of the parameters before anything was cut out; what
+        was counts as zero.
+      coupled: whether rules with filters, channels or heads prune units.
+    """
+    paths, leaves, treedef = flatten_with_paths(params)
+    rules = treedef.flatten_up_to(matched)
+    whole = treedef.flatten_up_to(original)
+    return [
+        TensorCount(
+            path,
+            before.shape,
+            int(count),
+            rule.schedule.sparsity_at(step) if rule else None,
+            _target_of(rule, coupled, is_cut=leaf.shape != before.shape),
+        )
+        for path, leaf, before, rule, count in zip(
+            paths,
+            leaves,
+            whole,
+            rules,
+            jax.device_get(_count_nonzero(leaves)),
+            strict=True,
+        )
+        if before.ndim > 1
+    ]
+
+
+def _target_of(rule: Rule | None, coupled: bool, *, is_cut: bool) -> Any:
+    if rule is None:
+        return "tensor"
+    if rule.prunes_units and (coupled or is_cut):
+        return "units"
+    return "rest" if is_cut and rule.scope == "tensor" else rule.scope
+
+
+@jax.jit
+def _count_nonzero(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in leaves]
+
+
+def total_sparsity(counts: Sequence[TensorCount]) -> float:
+    """The fraction of all counted weights that are zero."""
+    return 1.0 - sum(c.nonzero for c in counts) / sum(c.weights for c in counts)
+
+
+def total_target(counts: Sequence[TensorCount]) -> float | None:
+    """The fraction of all counted weights that the rules ask to remove.
+
+    None where they count units, which may share weights, or what a cut has left.
+    """
+    if any(c.target_of in ("units", "rest") for c in counts):
+        return None
+    asked = sum((c.target or 0.0) * c.weights for c in counts)
+    return asked / sum(c.weights for c in counts)
