@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from test_loop import Stop, StopAt, run_quietly
+from runs import Stop, StopAt, run_quietly
 
 import agp_jax as agp
 import agp_jax.training.experiment

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
+from runs import Stop, StopAt, cut_config, run_quietly, state_on_disk, tiny_config
 
 import agp_jax as agp
 from agp_jax.models.torch_weights import WeightsError, published_names
@@ -22,7 +22,6 @@ from agp_jax.training.config import (
     Data,
     Devices,
     Model,
-    Optimizer,
     Prune,
 )
 from agp_jax.training.experiment import as_variables, init_state, read_weights, set_up
@@ -31,54 +30,6 @@ from agp_jax.training.workdirs import WorkdirError
 from agp_jax.trees import flatten_with_paths
 
 ROOT = Path(__file__).parents[1]
-
-
-def tiny_config(data_dir, **changes):
-    prune = Prune(
-        final_sparsity=0.8,
-        begin_step=5,
-        end_step=20,
-        frequency=5,
-        rules=(agp.Rule(".*/kernel", agp.element()),),
-    )
-    options = dict(
-        steps=30,
-        batch_size=64,
-        log_every=5,
-        checkpoint_every=5,
-        data=Data(dir=data_dir, augment="shift"),
-        model=Model(name="mlp", width=32),
-        optimizer=Optimizer(name="adamw", learning_rate=0.01),
-        prune=prune,
-    )
-    return Config(**(options | changes))
-
-
-def run_quietly(config, workdir):
-    return loop.run(config, workdir, Console(quiet=True))
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt(Console):
-    """A console that ends the run when it shows a certain step."""
-
-    def __init__(self, step):
-        super().__init__(file=open(os.devnull, "w"))
-        self.stop_at = f"step {step}/"
-
-    def print(self, *lines, **options):
-        if str(lines[0]).startswith(self.stop_at):
-            self.file.close()
-            raise Stop
-
-
-def state_on_disk(workdir, config):
-    shapes = set_up(config).shapes
-    with checkpoint.open_checkpoints(workdir) as manager:
-        return checkpoint.restore(manager, loop.as_items(shapes))
 
 
 def assert_same_bits(state, expected):
@@ -258,7 +209,7 @@ def test_seeds_give_other_weights(digits_dir):
 
 
 _TINY_CONFIG = """
-from test_loop import tiny_config
+from runs import tiny_config
 
 def get_config():
     return tiny_config({data_dir!r}, steps=400, log_every=20, checkpoint_every=20)
@@ -332,19 +283,6 @@ def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path):
         assert lines[0].startswith("error: ") and message in lines[0]
     assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
     assert not (tmp_path / "runs").exists()
-
-
-def cut_config(data_dir, **changes):
-    """Half of the hidden features of a perceptron 64-32-16-10, cut after step 20."""
-    config = tiny_config(data_dir, **changes)
-    config.prune.final_sparsity = 0.5
-    config.prune.rules = (
-        agp.Rule("head/kernel"),
-        agp.Rule(".*/kernel", agp.filters()),
-    )
-    config.prune.coupled = True
-    config.prune.cut_step = 20
-    return config
 
 
 def test_units_are_cut_out_and_a_smaller_model_trains_on(digits_dir, tmp_path):

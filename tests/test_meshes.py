@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from test_loop import tiny_config
+from runs import tiny_config
 
 import agp_jax as agp
 from agp_jax.training.config import ConfigError, Devices, Optimizer

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from test_loop import cut_config, run_quietly, tiny_config
+from runs import cut_config, run_quietly, tiny_config
 
 import agp_jax as agp
 from agp_jax.training import checkpoint, loop

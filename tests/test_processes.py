@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
-from test_loop import Stop, StopAt, cut_config, state_on_disk, tiny_config
+from runs import Stop, StopAt, cut_config, state_on_disk, tiny_config
 
 import agp_jax as agp
 from agp_jax.training import checkpoint, loop, processes, workdirs

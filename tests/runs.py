@@ -1,0 +1,71 @@
+"""Small runs on the digits, for tests: their configs, how they go, stop and end."""
+
+import os
+
+from rich.console import Console
+
+import agp_jax as agp
+from agp_jax.training import checkpoint, loop
+from agp_jax.training.config import Config, Data, Model, Optimizer, Prune
+from agp_jax.training.experiment import set_up
+
+
+def tiny_config(data_dir, **changes):
+    prune = Prune(
+        final_sparsity=0.8,
+        begin_step=5,
+        end_step=20,
+        frequency=5,
+        rules=(agp.Rule(".*/kernel", agp.element()),),
+    )
+    options = dict(
+        steps=30,
+        batch_size=64,
+        log_every=5,
+        checkpoint_every=5,
+        data=Data(dir=data_dir, augment="shift"),
+        model=Model(name="mlp", width=32),
+        optimizer=Optimizer(name="adamw", learning_rate=0.01),
+        prune=prune,
+    )
+    return Config(**(options | changes))
+
+
+def cut_config(data_dir, **changes):
+    """Half of the hidden features of a perceptron 64-32-16-10, cut after step 20."""
+    config = tiny_config(data_dir, **changes)
+    config.prune.final_sparsity = 0.5
+    config.prune.rules = (
+        agp.Rule("head/kernel"),
+        agp.Rule(".*/kernel", agp.filters()),
+    )
+    config.prune.coupled = True
+    config.prune.cut_step = 20
+    return config
+
+
+def run_quietly(config, workdir):
+    return loop.run(config, workdir, Console(quiet=True))
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(Console):
+    """A console that ends the run when it shows a certain step."""
+
+    def __init__(self, step):
+        super().__init__(file=open(os.devnull, "w"))
+        self.stop_at = f"step {step}/"
+
+    def print(self, *lines, **options):
+        if str(lines[0]).startswith(self.stop_at):
+            self.file.close()
+            raise Stop
+
+
+def state_on_disk(workdir, config):
+    shapes = set_up(config).shapes
+    with checkpoint.open_checkpoints(workdir) as manager:
+        return checkpoint.restore(manager, loop.as_items(shapes))
