@@ -1,13 +1,18 @@
 """Small runs on the digits, for tests: their configs, how they go, stop and end."""
 
+import json
 import os
 
+import jax
+import numpy as np
 from rich.console import Console
 
 import agp_jax as agp
+from agp_jax.thinning.cuts import Cut
 from agp_jax.training import checkpoint, loop
 from agp_jax.training.config import Config, Data, Model, Optimizer, Prune
-from agp_jax.training.experiment import set_up
+from agp_jax.training.experiment import cut_experiment, set_up
+from agp_jax.training.records import read_metrics
 
 
 def tiny_config(data_dir, **changes):
@@ -66,6 +71,39 @@ class StopAt(Console):
 
 
 def state_on_disk(workdir, config):
-    shapes = set_up(config).shapes
+    experiment = set_up(config)
     with checkpoint.open_checkpoints(workdir) as manager:
-        return checkpoint.restore(manager, loop.as_items(shapes))
+        if cut := checkpoint.read_value(manager, "cut"):
+            experiment = cut_experiment(experiment, Cut.from_dict(cut))
+        return checkpoint.restore(manager, loop.as_items(experiment.shapes))
+
+
+def assert_same_bits(state, expected):
+    paths = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, a), b in zip(paths, jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def without_times(record):
+    """Metrics or a summary, without what the clock said."""
+    if not isinstance(record, dict):
+        return record
+    return {k: without_times(v) for k, v in record.items() if "second" not in k}
+
+
+def assert_same_run(workdir, reference, config):
+    (step, state), (expected_step, expected) = (
+        state_on_disk(directory, config) for directory in (workdir, reference)
+    )
+    assert step == expected_step
+    assert_same_bits(state, expected)
+    metrics, expected_metrics = (
+        [without_times(r) for r in read_metrics(directory)]
+        for directory in (workdir, reference)
+    )
+    assert metrics == expected_metrics
+    summary, expected_summary = (
+        without_times(json.loads((directory / "summary.json").read_text()))
+        for directory in (workdir, reference)
+    )
+    assert summary == expected_summary

@@ -23,11 +23,10 @@ from agp_jax.structures import box_shape
 from agp_jax.training import checkpoint, loop
 from agp_jax.training.experiment import (
     init_state,
-    load_sources,
-    make_train_step,
     set_up,
 )
 from agp_jax.training.records import read_metrics
+from agp_jax.training.steps import make_train_step
 from agp_jax.trees import flatten_with_paths
 
 FILES = {
@@ -63,7 +62,7 @@ def test_a_step_at_the_last_event_prunes_as_asked(name, data_dirs):
     state = init_state(experiment)
     last = config.prune.end_step
     state = state._replace(opt_state=state.opt_state._replace(step=np.int32(last - 1)))
-    batch = load_sources(experiment).train[np.arange(16)]
+    batch = next(experiment.task.load().train(0))
     state, _ = make_train_step(experiment)(state, batch)
 
     removed, cells = {}, {}

@@ -84,10 +84,13 @@ ORDER += [
     # training: an experiment from its config to its report
     "training",
     "training.published",  # what others have published
+    "training.tasks",  # what is learned, as the loop sees it
     "training.config",  # an experiment as plain values
+    "training.classification",  # the task of images
     "training.optimizers",  # how weights move
     "training.meshes",  # where arrays live
     "training.experiment",  # a config made concrete
+    "training.steps",  # its jitted steps
     "training.plans",  # what a run will end with
     "training.counts",  # how much of every kernel is left
     "training.processes",  # how several train one model

@@ -11,7 +11,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import Stop, StopAt, cut_config, run_quietly, state_on_disk, tiny_config
+from runs import (
+    Stop,
+    StopAt,
+    assert_same_bits,
+    assert_same_run,
+    cut_config,
+    run_quietly,
+    state_on_disk,
+    tiny_config,
+)
 
 import agp_jax as agp
 from agp_jax.models.torch_weights import WeightsError, published_names
@@ -30,27 +39,6 @@ from agp_jax.training.workdirs import WorkdirError
 from agp_jax.trees import flatten_with_paths
 
 ROOT = Path(__file__).parents[1]
-
-
-def assert_same_bits(state, expected):
-    paths = jax.tree_util.tree_leaves_with_path(expected)
-    for (path, a), b in zip(paths, jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-
-
-def assert_same_run(workdir, reference, config):
-    (step, state), (expected_step, expected) = (
-        state_on_disk(directory, config) for directory in (workdir, reference)
-    )
-    assert step == expected_step
-    assert_same_bits(state, expected)
-    metrics, expected_metrics = (
-        [r | {"examples_per_second": 0} for r in read_metrics(directory)]
-        for directory in (workdir, reference)
-    )
-    assert metrics == expected_metrics
-    for name in ("summary.json",):
-        assert (workdir / name).read_text() == (reference / name).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +68,8 @@ def test_a_run_leaves_what_it_learned(uninterrupted, config):
         "train_accuracy",
         "test_accuracy",
         "learning_rate",
-        "examples_per_second",
+        "seconds_per_step",
+        "images_per_second",
     }
     fingerprints = [record["mask_fingerprint"] for record in records]
     assert len(set(fingerprints)) == 4 and len(set(fingerprints[3:])) == 1

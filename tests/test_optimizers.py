@@ -88,10 +88,10 @@ def test_a_plateau_lowers_the_rate_as_pytorch_does(patience, cooldown):
     update = jax.jit(tx.update)
     scales = lowered_by_pytorch(losses, 0.5, patience, cooldown)
     assert len(set(scales)) > 2
-    for loss, scale in zip(losses, scales, strict=True):
+    for step, (loss, scale) in enumerate(zip(losses, scales, strict=True), start=1):
         for _ in range(2):  # steps do not count, evaluations do
             updates, state = update(params, state, params)
-        state = note_loss(config, state, float(loss))
+        state = note_loss(config, state, float(loss), step)
         np.testing.assert_allclose(plateau_scale(state), scale, rtol=1e-5)
         updates, _ = update(params, state, params)
         np.testing.assert_allclose(updates["kernel"], -0.5 * scale, rtol=1e-5)
@@ -100,7 +100,7 @@ def test_a_plateau_lowers_the_rate_as_pytorch_does(patience, cooldown):
 def test_other_optimizers_take_no_notice_of_losses():
     config = Config(optimizer=Optimizer(name="adamw"))
     state = make_optimizer(config).init({"kernel": jnp.ones(3)})
-    noted = note_loss(config, state, 1.0)
+    noted = note_loss(config, state, 1.0, step=100)
     assert jax.tree.structure(noted) == jax.tree.structure(state)
     assert plateau_scale(noted) == 1.0
 

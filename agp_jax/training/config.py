@@ -7,7 +7,7 @@ overrides its fields: `--config.prune.final_sparsity=0.95`.
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from agp_jax.data import DATASETS
@@ -16,6 +16,7 @@ from agp_jax.models import MODELS
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule, polynomial_schedule
 from agp_jax.training.published import Published
+from agp_jax.training.tasks import Task
 
 
 class ConfigError(ValueError):
@@ -184,6 +185,8 @@ class Config:
       checkpoint_every: steps between checkpoints, a multiple of `log_every`.
       data, model, optimizer, lasso, prune, devices: see their classes.
       published: what is known of the same experiment elsewhere, or None.
+      task: makes a task of your own of the config: any data, any linen model; `data`
+        and `model` are then its to read. By default the dataset decides.
     """
 
     seed: int = 0
@@ -198,17 +201,27 @@ class Config:
     prune: Prune = dataclasses.field(default_factory=Prune)
     devices: Devices = dataclasses.field(default_factory=Devices)
     published: Published | None = None
+    task: Callable[["Config"], Task] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches the training images make, the last one perhaps smaller."""
+        """How many batches the training images make, the last one perhaps smaller.
+
+        Raises:
+          ConfigError: with a task of your own, whose data is not known here.
+        """
+        if self.task is not None:
+            raise ConfigError("config.steps_per_epoch is not known with config.task")
         size = DATASETS[self.data.name].train_size
         size -= math.floor(self.data.hold_out * size)
         return -(-size // self.batch_size)
 
 
-def validate(config: Config) -> None:
+def validate(config: Config) -> tuple[Rule, ...]:
     """Checks every value that can be checked without data or model.
+
+    Returns:
+      The rules of the run, as `make_rules` makes them.
 
     Raises:
       ConfigError: naming the field, its value and what it may be.
@@ -226,9 +239,15 @@ def validate(config: Config) -> None:
         f"a multiple of log_every, which is {config.log_every}",
     )
     _require(config, "devices.fsdp", lambda x: x > 0, "at least 1")
-    _require_one_of(config, "data.name", DATASETS)
-    _require_one_of(config, "data.augment", AUGMENTATIONS)
-    _require_one_of(config, "model.name", MODELS)
+    if config.task is None:
+        _require_one_of(config, "data.name", DATASETS)
+        _require_one_of(config, "data.augment", AUGMENTATIONS)
+        _require_one_of(config, "model.name", MODELS)
+    elif config.model.weights:
+        raise ConfigError(
+            f"config.model.weights must be empty with config.task, as weights are read "
+            f"for the bundled models alone, got {config.model.weights!r}"
+        )
     _require(config, "model.width", lambda x: x >= 0, "0 (published) or positive")
     _require_one_of(config, "optimizer.name", ("sgd", "adamw"))
     _require_one_of(
@@ -255,7 +274,9 @@ def validate(config: Config) -> None:
     _require(config, "data.hold_out", lambda x: 0 <= x < 1, "in [0, 1)")
     _require(config, "lasso.strength", lambda x: 0 <= x < math.inf, "at least 0")
     _require(config, "prune.round_to", lambda x: x > 0, "at least 1")
-    _check_cut_step(config, make_rules(config))
+    rules = make_rules(config)
+    _check_cut_step(config, rules)
+    return rules
 
 
 def _check_cut_step(config: Config, rules: Sequence[Rule]) -> None:
@@ -281,13 +302,6 @@ def last_event(rules: Iterable[Rule]) -> int:
     """The step from which on all rules are at their final sparsity."""
     schedules = {rule.schedule for rule in rules if rule.schedule}
     return max((int(s.events()[0][-1]) for s in schedules), default=0)
-
-
-def target_step(config: Config) -> int:
-    """The step from which on the model is as sparse and small as it will be."""
-    rules = make_rules(config)
-    cut_step = config.prune.cut_step if rules else 0
-    return max(last_event(rules), cut_step)
 
 
 def make_rules(config: Config) -> tuple[Rule, ...]:
@@ -360,6 +374,8 @@ def to_dict(value: Any) -> Any:
             for field in dataclasses.fields(value)
             if field.name not in ("dir", "devices", "published")
         }
+        if isinstance(value, Config) and value.task is not None:
+            fields["task"] = getattr(value.task, "__qualname__", "a function")
         if isinstance(value, Model):
             fields["weights"] = os.path.basename(value.weights)
         return to_dict(fields)
@@ -373,6 +389,8 @@ def _check_types(config: Any, prefix: str) -> None:
         value, expected = getattr(config, field.name), getattr(default, field.name)
         kind = type(expected)
         if field.name == "published" and isinstance(value, Published | None):
+            continue
+        if field.name == "task" and (value is None or callable(value)):
             continue
         if kind is float and type(value) is int:
             continue

@@ -5,23 +5,21 @@ import functools
 import json
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from orbax.checkpoint import CheckpointManager
 from rich.console import Console
 
 from agp_jax.costs import Cost
-from agp_jax.data.batches import eval_batches, train_batches
-from agp_jax.data.sources import AnySource
 from agp_jax.masks import fingerprint
 from agp_jax.pruning import get_masks
-from agp_jax.rules import Rule
 from agp_jax.thinning.cuts import Cut
 from agp_jax.training import checkpoint, reports
-from agp_jax.training.config import Config, target_step, to_dict
+from agp_jax.training.config import Config, to_dict
 from agp_jax.training.counts import (
     TensorCount,
     count_weights,
@@ -30,24 +28,18 @@ from agp_jax.training.counts import (
 )
 from agp_jax.training.experiment import (
     Experiment,
-    Sources,
     State,
     as_variables,
-    cost_before,
-    cost_now,
     cut_experiment,
     cut_state,
     init_state,
-    load_sources,
-    make_eval_step,
-    make_train_step,
     place_state,
     plan_experiment_cut,
     read_weights,
     set_up,
 )
 from agp_jax.training.meshes import put_batch
-from agp_jax.training.optimizers import make_learning_rate, note_loss, plateau_scale
+from agp_jax.training.optimizers import note_loss, rate_of_step
 from agp_jax.training.plans import Plan, make_plan
 from agp_jax.training.processes import check_same, failing_together
 from agp_jax.training.records import (
@@ -57,8 +49,23 @@ from agp_jax.training.records import (
     write_plan,
     write_summary,
 )
+from agp_jax.training.steps import Sums, make_eval_step, make_train_step
+from agp_jax.training.tasks import Batch, Splits
 from agp_jax.training.workdirs import check_workdir
 from agp_jax.trees import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run holds beside its state; a cut replaces the first three."""
+
+    experiment: Experiment
+    train_step: Callable[[State, Batch], tuple[State, Sums]]
+    eval_step: Callable[..., tuple[Sums, PyTree]]
+    splits: Splits
+    manager: CheckpointManager
+    workdir: Path
+    console: Console
 
 
 def run(
@@ -92,21 +99,34 @@ def run(
     workdir = Path(workdir)
     with failing_together():
         experiment = set_up(config)
-        sources = load_sources(experiment)
-        weights = None if checkpoint.has_steps(workdir) else read_weights(experiment)
+        splits = experiment.task.load()
+        resumes = checkpoint.has_steps(workdir)
+        weights = None if resumes else read_weights(experiment)
     check_same([_checksum(config)], "the processes were started with different configs")
-    check_workdir(workdir, to_dict(config))
+    check_workdir(workdir, to_dict(config), to_dict(Config()))
     with checkpoint.open_checkpoints(workdir) as manager:
-        experiment, state = _start_or_resume(experiment, weights, manager)
+        if resumes:
+            experiment, state = _resume(experiment, manager)
+        else:
+            state = init_state(experiment, weights)
         step = int(state.step)
         with failing_together():
             if jax.process_index() == 0:
                 rewind_metrics(workdir, step)
-        _announce(console, experiment, workdir, step)
-        experiment, state = _train(
-            experiment, sources, state, manager, workdir, console
+        reports.announce(console, experiment, workdir, step)
+        run, state = _train(
+            Run(
+                experiment=experiment,
+                train_step=make_train_step(experiment),
+                eval_step=make_eval_step(experiment),
+                splits=splits,
+                manager=manager,
+                workdir=workdir,
+                console=console,
+            ),
+            state,
         )
-        return _finish(experiment, state, manager, workdir, console)
+        return _finish(run, state)
 
 
 def show_plan(
@@ -124,8 +144,9 @@ def show_plan(
         console = Console()
         if not console.is_terminal:
             console.width = 120  # tables in a file keep paths whole
-    plan = make_plan(set_up(config))
-    reports.print_plan(console, plan, config)
+    experiment = set_up(config)
+    plan = make_plan(experiment)
+    reports.print_plan(console, plan, experiment)
     if workdir is not None:
         path = write_plan(Path(workdir), plan)
         console.print(f"wrote {path}", soft_wrap=True)
@@ -138,16 +159,16 @@ def _checksum(config: Config) -> int:
     return zlib.crc32(json.dumps(values).encode())
 
 
-def _start_or_resume(
-    experiment: Experiment, weights: PyTree, manager: Any
+def _resume(
+    experiment: Experiment, manager: CheckpointManager
 ) -> tuple[Experiment, State]:
-    if checkpoint.latest_step(manager) is None:
-        return experiment, init_state(experiment, weights or read_weights(experiment))
     cut = checkpoint.read_value(manager, "cut")
     if cut is not None:
         experiment = cut_experiment(experiment, Cut.from_dict(cut))
     _, items = checkpoint.restore(manager, as_items(experiment.shapes))
-    return experiment, State(**items["variables"], **items["training"])
+    variables = items["variables"]
+    params = variables.pop("params")
+    return experiment, State(params=params, collections=variables, **items["training"])
 
 
 def as_items(state: State) -> dict[str, PyTree]:
@@ -158,104 +179,130 @@ def as_items(state: State) -> dict[str, PyTree]:
     }
 
 
-def _train(
-    experiment: Experiment,
-    sources: Sources,
-    state: State,
-    manager: Any,
-    workdir: Path,
-    console: Console,
-) -> tuple[Experiment, State]:
-    config = experiment.config
+def _train(run: Run, state: State) -> tuple[Run, State]:
+    config = run.experiment.config
     first_step = int(state.step)
-    train_step = make_train_step(experiment)
-    evaluate = _make_evaluate(experiment, sources)
-    learning_rate = make_learning_rate(config)
-    batches = train_batches(
-        sources.train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=first_step,
-        augment=config.data.augment,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    recent: list[PyTree] = []  # metrics on the device: fetching them would wait
+    batches = run.splits.train(first_step)
+    recent: list[Sums] = []  # on the devices: fetching them would wait
     began = time.perf_counter()
-    with reports.show_progress(console, first_step, config.steps) as show:
+    with reports.show_progress(run.console, first_step, config.steps) as show:
         for step in range(first_step + 1, config.steps + 1):
-            batch = put_batch(next(batches), experiment.mesh)
-            state, metrics = train_step(state, batch)
-            recent.append(metrics)
+            batch = put_batch(next(batches), run.experiment.mesh)
+            state, sums = run.train_step(state, batch)
+            recent.append(sums)
             if step % config.log_every and step < config.steps:
                 show(step, "")
                 continue
             seconds = time.perf_counter() - began
-            before_cut = {}
-            if step == config.prune.cut_step and experiment.couplings:
-                before_cut["masked_test_accuracy"] = evaluate(state)["test_accuracy"]
-                experiment, state = _cut_out(experiment, state, console)
-                train_step = make_train_step(experiment)
-                evaluate = _make_evaluate(experiment, sources)
-            rate = learning_rate(step - 1) * plateau_scale(state.opt_state)
-            record = {
-                **_measure(experiment, state, recent),
-                **evaluate(state),
-                **before_cut,
-                "learning_rate": float(np.asarray(rate)),
-                "examples_per_second": config.batch_size * len(recent) / seconds,
-            }
-            judge = "validation" if sources.validation else "test"
-            if step > config.optimizer.decay_begin:
-                loss = record[f"{judge}_loss"]
-                state = state._replace(
-                    opt_state=note_loss(config, state.opt_state, loss)
-                )
-            if jax.process_index() == 0:
-                append_metrics(workdir, record)
-            show(step, _describe(record))
+            run, state, record = _take_stock(run, state, recent, seconds)
+            show(step, reports.describe_record(run.experiment.task, record))
             if step % config.checkpoint_every == 0 or step == config.steps:
-                at_target = step >= target_step(config)
-                score = record[f"{judge}_accuracy"] if at_target else None
-                values = {"cut": experiment.cut.to_dict()} if experiment.cut else {}
-                checkpoint.save(
-                    manager, step, as_items(state), score=score, values=values
-                )
+                _save(run, state, record)
             recent, began = [], time.perf_counter()
-    return experiment, state
+    return run, state
+
+
+def _take_stock(
+    run: Run, state: State, recent: Sequence[Sums], seconds: float
+) -> tuple[Run, State, dict[str, Any]]:
+    """What is due after a window of steps: the cut, evaluation, a line of metrics."""
+    step, config = int(state.step), run.experiment.config
+    task, before_cut = run.experiment.task, {}
+    if step == config.prune.cut_step and run.experiment.couplings:
+        judged = f"test_{task.quality.name}"
+        before_cut[f"masked_{judged}"] = _evaluate(run, state)[judged]
+        run, state = _cut_out(run, state)
+    num_items = sum(float(sums["count"]) for sums in jax.device_get(recent))
+    record = {
+        **_measure(run.experiment, state, recent),
+        **_evaluate(run, state),
+        **before_cut,
+        "learning_rate": rate_of_step(config, state.opt_state, step),
+        "seconds_per_step": seconds / len(recent),
+        f"{task.item}s_per_second": num_items / seconds,
+    }
+    loss = record[f"{_judging_split(run)}_loss"]
+    state = state._replace(opt_state=note_loss(config, state.opt_state, loss, step))
+    if jax.process_index() == 0:
+        append_metrics(run.workdir, record)
+    return run, state, record
+
+
+def _judging_split(run: Run) -> str:
+    """The split that decides about the learning rate and the best checkpoint."""
+    return "validation" if run.splits.validation else "test"
+
+
+def _save(run: Run, state: State, record: Mapping[str, Any]) -> None:
+    experiment, score = run.experiment, None
+    if record["step"] >= experiment.target_step:
+        quality = experiment.task.quality
+        score = record[f"{_judging_split(run)}_{quality.name}"]
+        score = score if quality.higher_is_better else -score
+    values = {"cut": experiment.cut.to_dict()} if experiment.cut else {}
+    checkpoint.save(
+        run.manager, record["step"], as_items(state), score=score, values=values
+    )
 
 
 def _measure(
-    experiment: Experiment, state: State, recent: Sequence[PyTree]
+    experiment: Experiment, state: State, recent: Sequence[Sums]
 ) -> dict[str, Any]:
-    """The means of recent metrics, and how sparse the state is."""
-    means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(recent))
+    """What was measured in training recently, and how sparse the state is."""
+    means = experiment.task.describe(_mean_per_item(recent))
     counts = _count_weights(experiment, state)
     return {
         "step": int(state.step),
-        "loss": means["loss"],
-        "train_accuracy": means["accuracy"],
+        "loss": means.pop("loss"),
+        **{f"train_{name}": value for name, value in means.items()},
         "sparsity_target": total_target(counts),
         "sparsity": total_sparsity(counts),
         "mask_fingerprint": _agreed_fingerprint(experiment, state),
     }
 
 
-def _cut_out(
-    experiment: Experiment, state: State, console: Console
-) -> tuple[Experiment, State]:
-    """The experiment and its state without the units that are masked."""
-    cut = plan_experiment_cut(experiment, state)
-    smaller = cut_experiment(experiment, cut)
-    state = place_state(smaller, functools.partial(cut_state, cut=cut), state)
-    before, after = cost_before(smaller), cost_now(smaller)
-    console.print(
-        f"cut after step {int(state.step)}: {before.weight_params:,} -> "
-        f"{after.weight_params:,} convolution and dense weights, {before.macs:,} -> "
-        f"{after.macs:,} multiply-adds per image",
-        soft_wrap=True,
+def _mean_per_item(sums: Sequence[Sums]) -> dict[str, float]:
+    totals = jax.tree.map(
+        lambda *x: float(np.sum(x, dtype=np.float64)), *jax.device_get(sums)
     )
-    return smaller, state
+    count = totals.pop("count")
+    return {name: total / count for name, total in totals.items()}
+
+
+def _evaluate(run: Run, state: State) -> dict[str, float]:
+    """What is reported of the test split, and of what was held out."""
+    task, mesh = run.experiment.task, run.experiment.mesh
+
+    def describe(batches: Iterator[Batch]) -> dict[str, float]:
+        collections, all_sums = state.collections, []
+        for batch in batches:
+            batch = put_batch(batch, mesh)
+            sums, collections = run.eval_step(state.params, collections, batch)
+            all_sums.append(sums)
+        return task.describe(_mean_per_item(all_sums))
+
+    splits = {"test": run.splits.test, "validation": run.splits.validation}
+    return {
+        f"{split}_{name}": value
+        for split, batches in splits.items()
+        if batches is not None
+        for name, value in describe(batches()).items()
+    }
+
+
+def _cut_out(run: Run, state: State) -> tuple[Run, State]:
+    """The run and its state without the units that are masked."""
+    cut = plan_experiment_cut(run.experiment, state)
+    smaller = cut_experiment(run.experiment, cut)
+    state = place_state(smaller, functools.partial(cut_state, cut=cut), state)
+    reports.print_cut(run.console, smaller, int(state.step))
+    run = dataclasses.replace(
+        run,
+        experiment=smaller,
+        train_step=make_train_step(smaller),
+        eval_step=make_eval_step(smaller),
+    )
+    return run, state
 
 
 def _count_weights(experiment: Experiment, state: State) -> list[TensorCount]:
@@ -263,41 +310,9 @@ def _count_weights(experiment: Experiment, state: State) -> list[TensorCount]:
         state.params,
         experiment.matched,
         int(state.step),
-        original=experiment.original["params"],
+        original=experiment.whole["params"],
         coupled=experiment.config.prune.coupled,
     )
-
-
-def _make_evaluate(
-    experiment: Experiment, sources: Sources
-) -> Callable[[State], dict[str, float]]:
-    eval_step, mesh = make_eval_step(experiment), experiment.mesh
-
-    def mean_over(source: AnySource, state: State) -> dict[str, float]:
-        batches = eval_batches(
-            source,
-            batch_size=experiment.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        sums = [
-            eval_step(state.params, state.batch_stats, put_batch(batch, mesh))
-            for batch in batches
-        ]
-        total = jax.tree.map(lambda *x: float(sum(x)), *jax.device_get(sums))
-        return {name: value / len(source) for name, value in total.items()}
-
-    def evaluate(state: State) -> dict[str, float]:
-        """Loss and accuracy on the test split, and on what was held out."""
-        judged = {"test": sources.test, "validation": sources.validation}
-        return {
-            f"{split}_{name}": value
-            for split, source in judged.items()
-            if source is not None
-            for name, value in mean_over(source, state).items()
-        }
-
-    return evaluate
 
 
 _fingerprint = jax.jit(fingerprint)
@@ -324,64 +339,21 @@ def _agreed_fingerprint(experiment: Experiment, state: State) -> str:
     return f"{copies[0]:08x}"
 
 
-def _list_rules(experiment: Experiment) -> list[Rule]:
-    """The rule of each tensor that is pruned."""
-    return jax.tree.leaves(experiment.matched)
-
-
-def _describe(record: dict[str, Any]) -> str:
-    return (
-        f"loss {record['loss']:.4f}  train {record['train_accuracy']:.2%}  "
-        f"test {record['test_accuracy']:.2%}  sparsity {record['sparsity']:.2%}  "
-        f"{record['examples_per_second']:,.0f} images/s"
-    )
-
-
-def _announce(
-    console: Console, experiment: Experiment, workdir: Path, step: int
-) -> None:
-    console.print(f"work directory: {workdir}", soft_wrap=True)
-    if experiment.mesh.size > 1:
-        axes = " x ".join(f"{name} {n}" for name, n in experiment.mesh.shape.items())
-        count = jax.process_count()
-        console.print(
-            f"{experiment.mesh.size} devices ({axes})"
-            + (f" of {count} processes" if count > 1 else ""),
-            highlight=False,
-        )
-    rules = _list_rules(experiment)
-    for rule in dict.fromkeys(rules):
-        console.print(
-            f"{rule} prunes {rules.count(rule)} tensors by {rule.structure}, "
-            f"{'together' if rule.scope == 'rule' else 'each'}: {rule.schedule}",
-            markup=False,
-            soft_wrap=True,
-        )
-    if not rules:
-        console.print("nothing is pruned: this trains the dense model")
-    if step:
-        console.print(f"resumes after step {step}")
-
-
-def _finish(
-    experiment: Experiment,
-    state: State,
-    manager: Any,
-    workdir: Path,
-    console: Console,
-) -> dict | None:
+def _finish(run: Run, state: State) -> dict | None:
     """Writes the summary and the picture, and prints the report."""
+    experiment = run.experiment
     counts = _count_weights(experiment, state)
-    best_step = checkpoint.best_step(manager)
+    best_step = checkpoint.best_step(run.manager)
     if jax.process_index() > 0:
         return None
-    records = read_metrics(workdir)
-    accuracies = {r["step"]: r["test_accuracy"] for r in records}
+    quality = experiment.task.quality
+    judged = f"test_{quality.name}"
+    records = read_metrics(run.workdir)
     summary = {
         "step": int(state.step),
-        "test_accuracy": records[-1]["test_accuracy"],
+        judged: records[-1][judged],
         "best_step": best_step,
-        "best_test_accuracy": accuracies.get(best_step),
+        f"best_{judged}": {r["step"]: r[judged] for r in records}.get(best_step),
         "sparsity": total_sparsity(counts),
         "sparsity_target": total_target(counts),
         "nonzero": sum(c.nonzero for c in counts),
@@ -390,20 +362,12 @@ def _finish(
         "cut": _describe_cut(experiment, records) if experiment.cut else None,
         "config": to_dict(experiment.config),
     }
-    reports.print_table(console, counts)
-    if summary["cut"]:
-        console.print(reports.cut_table(summary["cut"]))
     written = [
-        write_summary(workdir, summary),
-        reports.plot_metrics(workdir, records),
+        write_summary(run.workdir, summary),
+        reports.plot_metrics(run.workdir, records, quality),
     ]
-    console.print(
-        f"test accuracy {summary['test_accuracy']:.2%} with "
-        f"{summary['nonzero']:,} of {summary['params']:,} convolution and dense "
-        f"weights left, {summary['sparsity']:.2%} sparse",
-        soft_wrap=True,
-    )
-    console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+    reports.print_result(run.console, experiment.task, counts, summary)
+    run.console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
     return summary
 
 
@@ -412,31 +376,26 @@ def _describe_cut(
 ) -> dict[str, dict[str, float | None]]:
     """What the model was before the cut and is after it.
 
-    The accuracies are those at the cut, and seconds are medians over the run.
+    Its quality is that at the cut, and seconds are medians over the run.
     """
     cut_step = experiment.config.prune.cut_step
+    judged = f"test_{experiment.task.quality.name}"
     (at_cut,) = (r for r in records if r["step"] == cut_step)
-    batch_size = experiment.config.batch_size
 
-    def describe(cost: Cost, accuracy: float, part: list[float]) -> dict[str, Any]:
+    def describe(cost: Cost, quality: float, seconds: list[float]) -> dict[str, Any]:
         return {
             "weights": cost.weight_params,
             "params": cost.subtree("params").params,
             "macs": cost.macs,
-            "test_accuracy": accuracy,
-            "seconds_per_step": batch_size / float(np.median(part)) if part else None,
+            judged: quality,
+            "seconds_per_step": float(np.median(seconds)) if seconds else None,
         }
 
-    speeds = [(r["step"], r["examples_per_second"]) for r in records]
+    # Records of earlier versions have no such seconds.
+    timed = [r for r in records if "seconds_per_step" in r]
+    before = [r["seconds_per_step"] for r in timed if r["step"] <= cut_step]
+    after = [r["seconds_per_step"] for r in timed if r["step"] > cut_step]
     return {
-        "before": describe(
-            cost_before(experiment),
-            at_cut["masked_test_accuracy"],
-            [speed for step, speed in speeds if step <= cut_step],
-        ),
-        "after": describe(
-            cost_now(experiment),
-            at_cut["test_accuracy"],
-            [speed for step, speed in speeds if step > cut_step],
-        ),
+        "before": describe(experiment.whole_cost, at_cut[f"masked_{judged}"], before),
+        "after": describe(experiment.cost, at_cut[judged], after),
     }

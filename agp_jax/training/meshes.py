@@ -49,6 +49,17 @@ def place(shapes: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(place_leaf, shapes)
 
 
+def keep_placed(values: PyTree, mesh: Mesh) -> PyTree:
+    """Values computed under `jit`, to lie as `place` would place them."""
+    fsdp = mesh.shape["fsdp"]
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(
+            x, NamedSharding(mesh, _spec(x.shape, fsdp))
+        ),
+        values,
+    )
+
+
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """A batch on the devices, from the part of it that each process has."""
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

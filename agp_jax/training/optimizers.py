@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from agp_jax.training.config import Config, GroupLasso
@@ -73,13 +74,23 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(tx, optax.GradientTransformation(plateau.init, scale))
 
 
-def note_loss(config: Config, opt_state: optax.OptState, loss: float) -> optax.OptState:
-    """The optimizer's state once it knows the loss of an evaluation.
+def rate_of_step(config: Config, opt_state: optax.OptState, step: int) -> float:
+    """The learning rate of the update that completes `step`, plateaus included."""
+    rate = make_learning_rate(config)(step - 1) * plateau_scale(opt_state)
+    return float(np.asarray(rate))
+
+
+def note_loss(
+    config: Config, opt_state: optax.OptState, loss: float, step: int
+) -> optax.OptState:
+    """The optimizer's state once it knows the loss of an evaluation after `step`.
 
     With decay "plateau" this is what lowers the rate: after more than `patience`
     evaluations in a row without a loss 0.01 % below the lowest, as PyTorch's
-    ReduceLROnPlateau does it. With others nothing changes.
+    ReduceLROnPlateau does it, from `decay_begin` on. With others nothing changes.
     """
+    if config.optimizer.decay != "plateau" or step <= config.optimizer.decay_begin:
+        return opt_state
     plateau = _make_plateau(config)
 
     def note(state: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from agp_jax.costs import Cost, LeafCost, measure_cost
+from agp_jax.costs import Cost, LeafCost
 from agp_jax.masks import apply_masks, make_masks
 from agp_jax.models.torch_weights import published_names
 from agp_jax.pruning import get_masks
@@ -22,7 +22,7 @@ from agp_jax.training.config import last_event
 from agp_jax.training.experiment import (
     Experiment,
     as_variables,
-    cost_before,
+    cost_per_item,
     cut_experiment,
     cut_of_masks,
 )
@@ -56,7 +56,7 @@ class Plan:
     Attributes:
       rules: those that prune, in their order.
       tensors: every convolution and dense kernel: what published results count.
-      before: the cost of the model for one image, before any cut.
+      before: the cost of the model for one item, before any cut.
       after: the same in the end, with non-zero weights.
     """
 
@@ -119,7 +119,7 @@ def make_plan(experiment: Experiment) -> Plan:
     sum is exact.
     """
     first, cut_step = experiment, experiment.config.prune.cut_step
-    params = _draw(experiment.original["params"])
+    params = _draw(experiment.whole["params"])
     masks, begin = _keep_all(experiment), 0
     if experiment.couplings and cut_step:
         masks = _prune(experiment, params, masks, 0, cut_step)
@@ -129,9 +129,8 @@ def make_plan(experiment: Experiment) -> Plan:
     masks = _prune(experiment, params, masks, begin, experiment.config.steps)
     variables = as_variables(experiment.shapes)
     variables["params"] = apply_masks(params, masks)
-    image = jax.ShapeDtypeStruct((1, *experiment.dataset.image_shape), np.float32)
-    before = cost_before(first)
-    after = measure_cost(experiment.predict, variables, image)
+    before = first.whole_cost
+    after = cost_per_item(experiment.task, experiment.predict, variables)
     return Plan(
         rules=tuple(rule for rule in first.rules if rule.structure),
         tensors=_pair(first, experiment, before, after),
@@ -211,7 +210,9 @@ def _count_cells(rule: Rule, leaf: LeafCost) -> int:
 
 
 def _published_names(experiment: Experiment) -> dict[str, str]:
+    if experiment.config.task is not None:
+        return {}
     try:
-        return published_names(experiment.config.model.name, experiment.original)
+        return published_names(experiment.config.model.name, experiment.whole)
     except ValueError:  # a model that nobody has published weights of
         return {}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
@@ -18,17 +19,22 @@ from rich.table import Table
 
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule
-from agp_jax.training.config import Config
 from agp_jax.training.counts import TensorCount, total_sparsity, total_target
+from agp_jax.training.experiment import Experiment
 from agp_jax.training.plans import Plan
 from agp_jax.training.published import Published, compare
+from agp_jax.training.tasks import Quality, Task
 
 
-def plot_metrics(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    """Draws sparsity and accuracy against steps; the path of the picture."""
+def plot_metrics(
+    workdir: Path, records: Sequence[Mapping[str, Any]], quality: Quality
+) -> Path:
+    """Draws sparsity and the model's quality against steps; the path of the picture."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    accuracy_axis = figure.subplots()
-    sparsity_axis = accuracy_axis.twinx()
+    quality_axis = figure.subplots()
+    sparsity_axis = quality_axis.twinx()
+    label = f"test {quality.name}"
+    in_percent = quality.form.endswith("%")
     steps = [r["step"] for r in records]
     targets = [r["sparsity_target"] for r in records]
     if None not in targets:
@@ -46,16 +52,16 @@ def plot_metrics(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
         color="tab:orange",
         label="sparsity",
     )
-    accuracy_axis.plot(
+    quality_axis.plot(
         steps,
-        [100 * r["test_accuracy"] for r in records],
+        [(100 if in_percent else 1) * r[f"test_{quality.name}"] for r in records],
         color="tab:blue",
-        label="test accuracy",
+        label=label,
     )
-    accuracy_axis.set(xlabel="step", ylabel="test accuracy (%)")
+    quality_axis.set(xlabel="step", ylabel=f"{label} (%)" if in_percent else label)
     sparsity_axis.set(ylabel="zero weights (%)", ylim=(0, 100))
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    path = workdir / "sparsity_and_accuracy.png"
+    path = workdir / f"sparsity_and_{quality.name}.png"
     figure.savefig(path, dpi=150)
     return path
 
@@ -86,8 +92,10 @@ def print_table(console: Console, counts: Sequence[TensorCount]) -> None:
     console.print()
 
 
-def print_plan(console: Console, plan: Plan, config: Config) -> None:
+def print_plan(console: Console, plan: Plan, experiment: Experiment) -> None:
     """Prints a plan: the events, every tensor, the totals, and what is published."""
+    config = experiment.config
+    steps_per_epoch = None if config.task else config.steps_per_epoch
     schedules: dict[Schedule, list[Rule]] = {}
     for rule in plan.rules:
         assert rule.schedule is not None  # it prunes
@@ -95,24 +103,28 @@ def print_plan(console: Console, plan: Plan, config: Config) -> None:
     for schedule, rules in schedules.items():
         for rule in rules:
             console.print(f"{rule} by {rule.structure}", markup=False, soft_wrap=True)
-        console.print(_events_table(schedule, config.steps_per_epoch))
+        console.print(_events_table(schedule, steps_per_epoch))
         console.print()
     if config.prune.cut_step:
-        epoch = config.prune.cut_step / config.steps_per_epoch
-        console.print(f"cut after step {config.prune.cut_step:,}, epoch {epoch:g}\n")
+        epoch = _describe_epoch(config.prune.cut_step, steps_per_epoch)
+        console.print(f"cut after step {config.prune.cut_step:,}, epoch {epoch}\n")
     console.print(_tensors_table(plan))
     console.print()
-    console.print(_totals_table(plan))
+    console.print(_totals_table(plan, experiment.task.item))
     if config.published:
         print_comparison(console, plan, config.published)
 
 
-def _events_table(schedule: Schedule, steps_per_epoch: int) -> Table:
+def _events_table(schedule: Schedule, steps_per_epoch: int | None) -> Table:
     table = _make_table("  ", "step", "epoch", "sparsity")
     for step, level in zip(*schedule.events(), strict=True):
-        epoch = f"{step / steps_per_epoch:.6g}"
+        epoch = _describe_epoch(step, steps_per_epoch)
         table.add_row("", f"{step:,}", epoch, f"{level:.2%}")
     return table
+
+
+def _describe_epoch(step: int, steps_per_epoch: int | None) -> str:
+    return f"{step / steps_per_epoch:.6g}" if steps_per_epoch else "?"
 
 
 def _tensors_table(plan: Plan) -> Table:
@@ -133,14 +145,14 @@ def _tensors_table(plan: Plan) -> Table:
     return table
 
 
-def _totals_table(plan: Plan) -> Table:
+def _totals_table(plan: Plan, item: str) -> Table:
     before, after = plan.before, plan.after
-    table = _make_table("convolution and dense layers", "before", "after", "kept")
+    table = _make_table("in all", "before", "after", "kept")
     nonzero = plan.nonzero
     for title, first, last in (
         ("weights", before.weight_params, after.weight_params),
         ("non-zero weights", before.weight_params, nonzero),
-        ("multiply-adds per image", before.macs, after.macs),
+        (f"multiply-adds per {item}", before.macs, after.macs),
     ):
         table.add_row(title, f"{first:,}", f"{last:,}", f"{last / first:.4%}")
     table.add_row("sparsity", "", f"{100 * plan.sparsity:.5f} %", "")
@@ -182,18 +194,19 @@ def _describe_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def cut_table(cut: Mapping[str, Mapping[str, float | None]]) -> Table:
+def cut_table(cut: Mapping[str, Mapping[str, float | None]], task: Task) -> Table:
     """A model before and after a cut, side by side."""
     table = _make_table("", *cut)
+    name = task.quality.name
     for key, title, form in (
-        ("weights", "convolution and dense weights", "{:,}"),
-        ("params", "all parameters", "{:,}"),
-        ("macs", "multiply-adds per image", "{:,}"),
-        ("test_accuracy", "test accuracy at the cut", "{:.2%}"),
-        ("seconds_per_step", "seconds per step", "{:.4f}"),
+        ("weights", "weights", ","),
+        ("params", "all parameters", ","),
+        ("macs", f"multiply-adds per {task.item}", ","),
+        (f"test_{name}", f"test {name} at the cut", task.quality.form),
+        ("seconds_per_step", "seconds per step", ".4f"),
     ):
         values = [part[key] for part in cut.values()]
-        cells = ["" if x is None else form.format(x) for x in values]
+        cells = ["" if x is None else format(x, form) for x in values]
         table.add_row(title, *cells)
     return table
 
@@ -203,6 +216,74 @@ def _describe_target(count: TensorCount) -> str:
         return "dense"
     of = {"tensor": "", "rule": " of all", "units": " of units", "rest": " of rest"}
     return f"{count.target:.2%}{of[count.target_of]}"
+
+
+def describe_record(task: Task, record: Mapping[str, Any]) -> str:
+    """A record of metrics in a line."""
+    name, form = task.quality.name, task.quality.format
+    speed = record[f"{task.item}s_per_second"]
+    return (
+        f"loss {record['loss']:.4f}  train {form(record[f'train_{name}'])}  "
+        f"test {form(record[f'test_{name}'])}  sparsity {record['sparsity']:.2%}  "
+        f"{speed:,.0f} {task.item}s/s"
+    )
+
+
+def announce(
+    console: Console, experiment: Experiment, workdir: Path, step: int
+) -> None:
+    """Prints what is about to run, from which step on."""
+    console.print(f"work directory: {workdir}", soft_wrap=True)
+    if experiment.mesh.size > 1:
+        axes = " x ".join(f"{name} {n}" for name, n in experiment.mesh.shape.items())
+        count = jax.process_count()
+        console.print(
+            f"{experiment.mesh.size} devices ({axes})"
+            + (f" of {count} processes" if count > 1 else ""),
+            highlight=False,
+        )
+    rules: list[Rule] = jax.tree.leaves(experiment.matched)  # one for each tensor
+    for rule in dict.fromkeys(rules):
+        console.print(
+            f"{rule} prunes {rules.count(rule)} tensors by {rule.structure}, "
+            f"{'together' if rule.scope == 'rule' else 'each'}: {rule.schedule}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if not rules:
+        console.print("nothing is pruned: this trains the dense model")
+    if step:
+        console.print(f"resumes after step {step}")
+
+
+def print_cut(console: Console, experiment: Experiment, step: int) -> None:
+    """Prints what a cut has left."""
+    before, after = experiment.whole_cost, experiment.cost
+    console.print(
+        f"cut after step {step}: {before.weight_params:,} -> {after.weight_params:,} "
+        f"weights, {before.macs:,} -> {after.macs:,} multiply-adds per "
+        f"{experiment.task.item}",
+        soft_wrap=True,
+    )
+
+
+def print_result(
+    console: Console,
+    task: Task,
+    counts: Sequence[TensorCount],
+    summary: Mapping[str, Any],
+) -> None:
+    """Prints what a run ends with."""
+    print_table(console, counts)
+    if summary["cut"]:
+        console.print(cut_table(summary["cut"], task))
+    name = task.quality.name
+    console.print(
+        f"test {name} {task.quality.format(summary[f'test_{name}'])} with "
+        f"{summary['nonzero']:,} of {summary['params']:,} weights left, "
+        f"{summary['sparsity']:.2%} sparse",
+        soft_wrap=True,
+    )
 
 
 @contextlib.contextmanager

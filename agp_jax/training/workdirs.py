@@ -28,13 +28,19 @@ class WorkdirError(Exception):
     """A work directory, or what is in it, is not what it should be; says what to do."""
 
 
-def check_workdir(workdir: PathLike, config: Mapping[str, Any]) -> bool:
+def check_workdir(
+    workdir: PathLike,
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> bool:
     """Makes `workdir` the home of the run that `config` describes.
 
     A new or empty directory gets a `config.json` with `config`, a nested dict of
     plain JSON values, and the answer is False. A directory that holds the same config
-    is left as it is and the answer is True: the run resumes there. All processes call
-    this; the first one looks and writes, and the others check that they see it.
+    is left as it is and the answer is True: the run resumes there. Its config may lack
+    fields, as one of an earlier version does, if here they are as in `defaults`. All
+    processes call this; the first one looks and writes, and the others check that they
+    see it.
 
     Raises:
       WorkdirError: `workdir` holds another config (with one line per field that
@@ -50,7 +56,7 @@ def check_workdir(workdir: PathLike, config: Mapping[str, Any]) -> bool:
     resumes = False
     with failing_together():
         if jax.process_index() == 0:
-            resumes = _claim(Path(workdir), plain_config)
+            resumes = _claim(Path(workdir), plain_config, defaults or {})
     with failing_together():
         _check_shared(Path(workdir))
     return bool(multihost_utils.broadcast_one_to_all(np.array(resumes)))
@@ -100,7 +106,7 @@ def describe_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line[:400]}"
 
 
-def _claim(workdir: Path, config: dict[str, Any]) -> bool:
+def _claim(workdir: Path, config: dict[str, Any], defaults: Mapping[str, Any]) -> bool:
     if re.match(r"\w\w+:/", os.fspath(workdir)):
         raise WorkdirError(
             f"{workdir} is in an object store; give a local or mounted directory"
@@ -124,7 +130,7 @@ def _claim(workdir: Path, config: dict[str, Any]) -> bool:
             f"{', ...' if len(names) > 3 else ''}) and no {_CONFIG}; give a new or "
             f"empty directory"
         )
-    _check_same_config(workdir, read_config(workdir), config)
+    _check_same_config(workdir, read_config(workdir), config, defaults)
     return True
 
 
@@ -149,10 +155,16 @@ def _write_config(workdir: Path, config: dict[str, Any]) -> None:
     temporary.replace(workdir / _CONFIG)  # atomic: a config is whole or absent
 
 
-def _check_same_config(workdir: Path, stored: Any, asked: Any) -> None:
-    differences = list_differences(
-        _fields(stored), _fields(asked), "in the workdir", "asked"
-    )
+def _check_same_config(
+    workdir: Path, stored: Any, asked: Any, defaults: Mapping[str, Any]
+) -> None:
+    old, usual = _fields(stored), _fields(defaults)
+    new = {
+        name: value
+        for name, value in _fields(asked).items()
+        if name in old or usual.get(name) != value
+    }
+    differences = list_differences(old, new, "in the workdir", "asked")
     if differences:
         raise WorkdirError(
             f"{workdir} belongs to a run with another config:\n"
