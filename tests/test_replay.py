@@ -1,0 +1,199 @@
+"""A thinned function computes, transformed or not, what the masked one does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from thinning_cases import (
+    COUPLINGS,
+    UNITS,
+    VARIABLES,
+    X,
+    assert_trees_equal,
+    cut_of,
+    draw,
+    masked,
+    network,
+)
+
+import agp_jax as agp
+
+
+def thinned_pair(fn, variables, cut, masks):
+    """The masked and the thinned variables, and the thinned function."""
+    zeroed = masked(variables, masks)
+    return zeroed, agp.thin(zeroed, cut), agp.thin_function(fn, variables, cut)
+
+
+FULL, SMALL, THIN = thinned_pair(
+    network, VARIABLES, cut_of(1, 4), COUPLINGS.masks({UNITS: [1, 4]})
+)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7])
+def test_a_thinned_function_takes_other_batches(batch):
+    x = draw((batch, 5))
+    np.testing.assert_allclose(THIN(SMALL, x), network(FULL, x), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(THIN)(SMALL, x), network(FULL, x), rtol=1e-5)
+
+
+def test_a_thinned_function_can_be_transformed():
+    def loss(fn):
+        return lambda variables, x: jnp.sum(jnp.sin(fn(variables, x)))
+
+    full, small = jax.grad(loss(network))(FULL, X), jax.grad(loss(THIN))(SMALL, X)
+    assert_trees_equal(small, agp.thin(full, cut_of(1, 4)), rtol=1e-4, atol=1e-6)
+    again = jax.jit(jax.grad(jax.checkpoint(loss(THIN))))(SMALL, X)
+    assert_trees_equal(again, small, rtol=1e-5, atol=1e-6)
+    by_row = jax.vmap(lambda x: THIN(SMALL, x[None])[0])(X)
+    np.testing.assert_allclose(by_row, network(FULL, X), rtol=1e-5)
+    two = jax.tree.map(lambda *x: jnp.stack(x), SMALL, jax.tree.map(jnp.sin, SMALL))
+    each = jax.vmap(THIN, in_axes=(0, None))(two, X)
+    np.testing.assert_allclose(each[0], network(FULL, X), rtol=1e-5)
+    _, forward = jax.jvp(lambda x: THIN(SMALL, x), (X,), (X,))
+    _, expected = jax.jvp(lambda x: network(FULL, x), (X,), (X,))
+    np.testing.assert_allclose(forward, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_thinned_function_can_be_exported():
+    exported = jax.export.export(jax.jit(THIN))(SMALL, X)
+    np.testing.assert_allclose(exported.call(SMALL, X), network(FULL, X), rtol=1e-5)
+    pytest.importorskip("flatbuffers")
+    back = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(back.call(SMALL, X), network(FULL, X), rtol=1e-5)
+
+
+def test_a_function_inside_remat_and_with_keywords_is_thinned():
+    @jax.checkpoint
+    def block(params, x):
+        return jnp.tanh(x @ params["up"])
+
+    def fn(params, x, *, scale):
+        return {"logits": block(params, x) @ params["down"] * scale}
+
+    params = draw({"up": (5, 6), "down": (6, 3)})
+    couplings = agp.find_couplings(lambda p, x: fn(p, x, scale=2.0), params, X)
+    masks = couplings.masks({"up[1]": [0, 3, 5]})
+    cut = agp.plan_cut(masks, couplings)
+    full, small, thin_fn = thinned_pair(fn, params, cut, masks)
+    scale = jnp.float32(3)
+
+    def loss(fn, params):
+        return jnp.sum(fn(params, X, scale=scale)["logits"] ** 2)
+
+    np.testing.assert_allclose(loss(thin_fn, small), loss(fn, full), rtol=1e-5)
+    found = jax.grad(loss, argnums=1)(thin_fn, small)
+    expected = agp.thin(jax.grad(loss, argnums=1)(fn, full), cut)
+    assert_trees_equal(found, expected, rtol=1e-5)
+
+
+def test_relu_has_the_same_derivative_at_zero():
+    """jax.nn.relu says 0 there, the maximum it is made of says 1/2."""
+
+    def loss(fn, variables):
+        return jnp.sum(fn(variables, X))
+
+    norm = jax.tree.map(jnp.zeros_like, FULL["params"]["norm"])
+    zero = {**FULL, "params": {**FULL["params"], "norm": norm}}
+    found = jax.grad(loss, argnums=1)(THIN, agp.thin(zero, cut_of(1, 4)))
+    assert all(not g.any() for g in jax.tree.leaves(found["params"]))
+
+
+def test_a_custom_pullback_stays():
+    """Rounds on the way there, and passes three times the gradient back."""
+
+    @jax.custom_vjp
+    def rounded(x, slope):
+        return jnp.round(x) * slope
+
+    def forward(x, slope):
+        return rounded(x, slope), slope
+
+    def backward(slope, g):
+        return 3.0 * g * slope, jnp.sum(g, 0, keepdims=True)
+
+    rounded.defvjp(forward, backward)
+
+    def fn(params, x):
+        return rounded(x @ params["up"], params["slope"]) @ params["down"]
+
+    params = draw({"up": (5, 6), "slope": (1, 6), "down": (6, 3)})
+    couplings = agp.find_couplings(fn, params, X)
+    masks = couplings.masks({"up[1]": [1, 4]})
+    cut = agp.plan_cut(masks, couplings)
+    full, small, thin_fn = thinned_pair(fn, params, cut, masks)
+    found = jax.grad(lambda p: jnp.sum(thin_fn(p, X)))(small)
+    back = np.float64(full["down"]).sum(1)[None] * np.ones((4, 1))
+    stays = [0, 2, 3, 5]
+    expected_up = 3 * np.float64(X).T @ (back * np.float64(full["slope"]))
+    np.testing.assert_allclose(found["up"], expected_up[:, stays], rtol=1e-5)
+    np.testing.assert_allclose(found["slope"], back.sum(0)[None, stays], rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_dropout_drops_the_same_entries(implementation):
+    def fn(variables, x, key):
+        params = variables["params"]
+        hidden = x @ params["up"]
+        kept = jax.random.bernoulli(key, 0.5, hidden.shape)
+        return jnp.where(kept, 2 * hidden, 0) @ params["down"], kept
+
+    key = jax.random.key(3, impl=implementation)
+    cut = cut_of(1, 4)
+    expected, kept = fn(FULL, X, key)
+    found, small_kept = agp.thin_function(fn, VARIABLES, cut)(SMALL, X, key)
+    np.testing.assert_array_equal(small_kept, np.asarray(kept)[:, [0, 2, 3, 5]])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_updated_statistics_come_out_thinned():
+    def fn(variables, x):
+        hidden = x @ variables["params"]["up"]
+        stats = variables["batch_stats"]["norm"]
+        mean = 0.9 * stats["mean"] + 0.1 * hidden.mean(0)
+        return network(variables, x), {"norm": {"mean": mean, "var": hidden.var(0)}}
+
+    cut = cut_of(1, 4)
+    found = agp.thin_function(fn, VARIABLES, cut)(SMALL, X)
+    logits, stats = fn(FULL, X)
+    np.testing.assert_allclose(found[0], logits, rtol=1e-5)
+    expected = agp.thin({"batch_stats": stats}, cut)["batch_stats"]
+    assert_trees_equal(found[1], expected, rtol=1e-5)
+
+
+def test_a_function_that_needs_what_is_cut_is_refused():
+    def adds_input(variables, x):
+        hidden = x @ variables["params"]["up"] + x[:, :1]
+        return network(variables, x) + jnp.sum(hidden + x[:, [0, 1, 2, 3, 4, 0]])
+
+    thin_fn = agp.thin_function(adds_input, VARIABLES, cut_of(1, 4))
+    with pytest.raises(ValueError, match="index 1, but it cannot.*because of input"):
+        thin_fn(SMALL, X)
+
+
+def test_a_function_that_ties_more_leaves_is_refused():
+    """The cut is of a function that leaves `other` alone; this one adds it."""
+    params = draw({"up": (5, 6), "down": (6, 3), "other": (6,)})
+
+    def fn(params, x, other=0):
+        return (x @ params["up"] + other) @ params["down"]
+
+    couplings = agp.find_couplings(fn, params, X)
+    cut = agp.plan_cut(couplings.masks({"up[1]": [2]}), couplings)
+    assert "other" not in cut
+    more = lambda params, x: fn(params, x, params["other"][None])  # noqa: E731
+    thin_fn = agp.thin_function(more, params, cut)
+    with pytest.raises(
+        ValueError, match=r"index 2, but it goes together with other\[0\] index 2"
+    ):
+        thin_fn(agp.thin(params, cut), X)
+
+
+def test_variables_of_other_shapes_are_refused():
+    cut = cut_of(1, 4)
+    with pytest.raises(ValueError, match=r"expects .*got.*pass thin\(variables, cut\)"):
+        THIN(VARIABLES, X)
+    with pytest.raises(ValueError, match="pass the variables before the cut"):
+        agp.thin_function(network, SMALL, cut)
+    with pytest.raises(ValueError, match="variables without it.*Cut.subtree"):
+        agp.thin_function(network, VARIABLES["params"], cut)
