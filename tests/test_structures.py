@@ -1,7 +1,6 @@
 """Structures against plain loops over boxes."""
 
 import functools
-import itertools
 import math
 import re
 
@@ -9,46 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from box_cases import BOXES, boxes, whole_numbers
 
 import agp_jax as agp
-from agp_jax.boxes import any_in_boxes, fill_boxes, sum_boxes
-from agp_jax.shardings import split_axis
 from agp_jax.structures import box_shape, grid_shape, num_cells
 
-# Structure, shape of the tensor, shape of its boxes written by hand.
-BOXES = {
-    "scalar": (agp.element(), (), ()),
-    "vector": (agp.element(), (7,), (1,)),
-    "conv elements": (agp.element(), (3, 2, 5, 4), (1, 1, 1, 1)),
-    "1x1x8": (agp.block((1, 1, 8, 1)), (3, 3, 16, 5), (1, 1, 8, 1)),
-    "blocks": (agp.block((2, 3)), (6, 9), (2, 3)),
-    "one block": (agp.block((6, 9)), (6, 9), (6, 9)),
-    "block of rows": (agp.block([4]), (12,), (4,)),
-    "filters of conv": (agp.filters(), (3, 3, 4, 6), (3, 3, 4, 1)),
-    "filters of dense": (agp.filters(), (5, 7), (5, 1)),
-    "filters of bias": (agp.filters(), (7,), (1,)),
-    "filters first": (agp.filters(axis=0), (5, 7), (1, 7)),
-    "channels of conv": (agp.channels(), (3, 3, 4, 6), (3, 3, 1, 6)),
-    "channels of dense": (agp.channels(), (5, 7), (1, 7)),
-    "heads": (agp.heads(3), (5, 12), (5, 4)),
-    "one head": (agp.heads(1), (5, 12), (5, 12)),
-    "heads in the middle": (agp.heads(2, axis=1), (5, 4, 3), (5, 2, 3)),
-    "heads of projections": (agp.heads(4, axis=-2), (5, 4, 3), (5, 1, 3)),
-    "n:m": (agp.n_m(2, 4), (8, 3), (1, 1)),
-}
 each_box = pytest.mark.parametrize("structure, shape, box", BOXES.values(), ids=BOXES)
-
-
-def boxes(shape, box):
-    """The slices of all boxes, in row-major order of the grid."""
-    starts = [range(0, size, part) for size, part in zip(shape, box, strict=True)]
-    for corner in itertools.product(*starts):
-        yield tuple(slice(x, x + b) for x, b in zip(corner, box, strict=True))
-
-
-def whole_numbers(seed, shape, low=-50, high=50):
-    """Weights whose sums are exact in float32 in any order."""
-    return np.random.default_rng(seed).integers(low, high, shape).astype(np.float32)
 
 
 @each_box
@@ -56,47 +21,6 @@ def test_a_structure_cuts_into_these_boxes(structure, shape, box):
     assert box_shape(structure, shape) == box
     grid = grid_shape(box, shape)
     assert num_cells(structure, shape) == math.prod(grid) == len([*boxes(shape, box)])
-
-
-@functools.cache
-def reduce_all(rows):
-    """(values, sums, any above 40, sums filled in) of every tensor in `BOXES`."""
-
-    @jax.jit
-    def reduce(values):
-        result = {}
-        for name, (_, _, box) in BOXES.items():
-            sums = sum_boxes(values[name], box)
-            some = any_in_boxes(values[name] > 40, box)
-            result[name] = values[name], sums, some, fill_boxes(sums, box)
-        return result
-
-    values = {
-        name: whole_numbers(seed, (*rows, *shape))
-        for seed, (name, (_, shape, _)) in enumerate(BOXES.items())
-    }
-    return jax.tree.map(np.asarray, reduce(values))
-
-
-@pytest.mark.parametrize("rows", [(), (2, 3)])
-@pytest.mark.parametrize("name", BOXES)
-def test_boxes_are_summed_and_filled_like_loops_do(name, rows):
-    _, shape, box = BOXES[name]
-    values, sums, some, filled = reduce_all(rows)[name]
-    assert sums.shape == some.shape == (*rows, *grid_shape(box, shape))
-    flat = sums.reshape(*rows, -1), some.reshape(*rows, -1)
-    for i, where in enumerate(boxes(shape, box)):
-        part = values[(..., *where)]
-        axes = tuple(range(len(rows), part.ndim))
-        assert (flat[0][..., i] == part.sum(axes)).all()
-        assert (flat[1][..., i] == (part > 40).any(axes)).all()
-        assert filled[(..., *where)].shape == part.shape
-        assert (filled[(..., *where)] == part.sum(axes, keepdims=True)).all()
-
-
-def test_an_axis_splits_into_groups_of_neighbours():
-    split = split_axis(jnp.arange(12).reshape(2, 6), 1, 3)
-    assert split.tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
 
 
 def prune_by(structure, final, **options):
@@ -238,40 +162,6 @@ def test_a_cells_score_is_the_sum_over_its_weights(score):
         weights, (6, 1), 4, np.ones((6, 8), bool), lambda w: np.asarray(score(w))
     )
     np.testing.assert_array_equal(mask, expected)
-
-
-def test_sums_have_the_same_bits_in_any_order():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=(96, 5)).astype(np.float32)
-    values *= np.float32(10) ** rng.integers(-6, 7, (96, 5))
-    orders = [values, values[::-1], rng.permutation(values), np.sort(values, axis=0)]
-    sums = [np.asarray(sum_boxes(jnp.asarray(x), (96, 1))) for x in orders]
-    for other in sums[1:]:
-        np.testing.assert_array_equal(other.view(np.int32), sums[0].view(np.int32))
-
-
-@pytest.mark.parametrize("signs", [False, True])
-def test_every_sum_is_accurate_beside_much_larger_ones(signs):
-    rng = np.random.default_rng(0)
-    scales = np.float32(10) ** np.arange(-30, 31, 4, dtype=np.float32)
-    values = np.abs(rng.normal(size=(3, 64, 16))).astype(np.float32) * scales
-    if signs:
-        values[:, :16] *= -1
-    sums = np.asarray(jax.jit(lambda x: sum_boxes(x, (64, 1)))(values))
-    exact = values.astype(np.float64)
-    error = np.abs(sums - exact.sum(1, keepdims=True))
-    assert (error <= 2e-6 * np.abs(exact).sum(1, keepdims=True)).all()
-
-
-def test_a_sum_that_is_not_finite_spoils_no_other():
-    values = np.abs(whole_numbers(0, (3, 4, 6))) * np.float32(1000)
-    expected = values.sum(1, keepdims=True)
-    for bad in (np.nan, np.inf):
-        values[1, 2, 3] = bad
-        sums = np.asarray(sum_boxes(jnp.asarray(values), (4, 1)))
-        spoiled = np.arange(3) == 1, np.arange(6) == 3
-        fine = ~(spoiled[0][:, None] & spoiled[1])[:, None]
-        np.testing.assert_array_equal(sums[fine], expected[fine])
 
 
 def test_scores_of_any_range_rank_filters():
