@@ -1,10 +1,19 @@
-"""Crops against the definition of torchvision, with resizing written out in NumPy."""
+"""Crops against the definition of torchvision, moves made pixel by pixel."""
+
+import itertools
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from agp_jax.data.augmentations import DRAWS_PER_CROP, centre_crop, random_resized_crop
+from agp_jax.data.augmentations import (
+    AUGMENTATIONS,
+    DRAWS_PER_CROP,
+    centre_crop,
+    random_resized_crop,
+)
+from agp_jax.data.batches import train_batches
+from agp_jax.data.sources import Source
 
 
 def make_image(width, height, seed=0):
@@ -118,3 +127,55 @@ def test_areas_and_ratios_are_spread_as_they_should_be():
     moment = (1 - np.exp(-2 * limit)) / 4 - 0.08**2 / 2 * limit
     assert abs(areas.mean() - moment / weights) < 0.02
     assert abs(np.log(ratios).mean()) < 0.02
+
+
+def make_images(size, shape):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (size, *shape), dtype=np.uint8)
+
+
+def moved(image, down, right, mirror):
+    """The image shifted, pixel by pixel, and then perhaps mirrored."""
+    height, width, _ = image.shape
+    result = np.zeros_like(image)
+    for y, x in np.ndindex(height, width):
+        if 0 <= y - down < height and 0 <= x - right < width:
+            to = width - 1 - x if mirror else x
+            result[y, to] = image[y - down, x - right]
+    return result
+
+
+@pytest.mark.parametrize(
+    "augment, reach, mirrors, shape",
+    [("shift", 1, [0], (8, 8, 1)), ("crop_flip", 4, [0, 1], (32, 32, 3))],
+)
+def test_every_move_comes_and_as_often_as_any_other(augment, reach, mirrors, shape):
+    image = make_images(1, shape)
+    moves = range(-reach, reach + 1)
+    possible = {
+        moved(image[0], *move).tobytes(): move
+        for move in itertools.product(moves, moves, mirrors)
+    }
+    source = Source(image.repeat(3, 0), np.zeros(3, np.int32))
+    count = 20 * len(possible)
+    batches = train_batches(source, batch_size=count, seed=0, augment=augment)
+    counts = dict.fromkeys(possible.values(), 0)
+    for result in next(batches)["image"]:
+        counts[possible[result.tobytes()]] += 1  # a KeyError were an impossible image
+    deviations = (np.array([*counts.values()]) - 20) ** 2 / 20
+    degrees = len(possible) - 1  # chi-squared: its mean; its variance is twice that
+    assert deviations.sum() < degrees + 4 * (2 * degrees) ** 0.5
+    assert min(counts.values()) > 0
+
+
+@pytest.mark.parametrize("augment, reach", [("shift", 1), ("crop_flip", 4)])
+@pytest.mark.parametrize("end", [0, 1])
+def test_extreme_draws_give_extreme_moves(augment, reach, end):
+    images = make_images(2, (8, 8, 3))
+    draws = np.full((2, 3), np.nextafter(1, 0) if end else 0.0)
+    offset = -reach if end else reach
+    mirror = augment == "crop_flip" and not end
+    expected = [moved(image, offset, offset, mirror) for image in images]
+    before = images.copy()
+    np.testing.assert_array_equal(AUGMENTATIONS[augment](images, draws), expected)
+    np.testing.assert_array_equal(images, before)

@@ -1,4 +1,4 @@
-"""Batches against the source, and augmentation against moves made pixel by pixel."""
+"""Batches against the source: their order, their share and their end."""
 
 import gc
 import io
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agp_jax.data.augmentations import AUGMENTATIONS, centre_crop
+from agp_jax.data.augmentations import centre_crop
 from agp_jax.data.batches import eval_batches, train_batches
 from agp_jax.data.sources import DataError, EncodedSource, Source
 
@@ -248,50 +248,3 @@ def test_wrong_options_are_refused_at_once():
             train(make_encoded(2), batch_size=8, seed=0, augment=augment)
     with pytest.raises(ValueError, match="they are -1 and 0"):
         train(source, batch_size=8, seed=0, start_step=-1)
-
-
-def moved(image, down, right, mirror):
-    """The image shifted, pixel by pixel, and then perhaps mirrored."""
-    height, width, _ = image.shape
-    result = np.zeros_like(image)
-    for y, x in np.ndindex(height, width):
-        if 0 <= y - down < height and 0 <= x - right < width:
-            to = width - 1 - x if mirror else x
-            result[y, to] = image[y - down, x - right]
-    return result
-
-
-@pytest.mark.parametrize(
-    "augment, reach, mirrors, shape",
-    [("shift", 1, [0], (8, 8, 1)), ("crop_flip", 4, [0, 1], (32, 32, 3))],
-)
-def test_every_move_comes_and_as_often_as_any_other(augment, reach, mirrors, shape):
-    image = make_source(1, shape).images
-    moves = range(-reach, reach + 1)
-    possible = {
-        moved(image[0], *move).tobytes(): move
-        for move in itertools.product(moves, moves, mirrors)
-    }
-    source = Source(image.repeat(3, 0), np.zeros(3, np.int32))
-    count = 20 * len(possible)
-    batches = train_batches(source, batch_size=count, seed=0, augment=augment)
-    counts = dict.fromkeys(possible.values(), 0)
-    for result in next(batches)["image"]:
-        counts[possible[result.tobytes()]] += 1  # a KeyError were an impossible image
-    deviations = (np.array([*counts.values()]) - 20) ** 2 / 20
-    degrees = len(possible) - 1  # chi-squared: its mean; its variance is twice that
-    assert deviations.sum() < degrees + 4 * (2 * degrees) ** 0.5
-    assert min(counts.values()) > 0
-
-
-@pytest.mark.parametrize("augment, reach", [("shift", 1), ("crop_flip", 4)])
-@pytest.mark.parametrize("end", [0, 1])
-def test_extreme_draws_give_extreme_moves(augment, reach, end):
-    images = make_source(2, (8, 8, 3)).images
-    draws = np.full((2, 3), np.nextafter(1, 0) if end else 0.0)
-    offset = -reach if end else reach
-    mirror = augment == "crop_flip" and not end
-    expected = [moved(image, offset, offset, mirror) for image in images]
-    before = images.copy()
-    np.testing.assert_array_equal(AUGMENTATIONS[augment](images, draws), expected)
-    np.testing.assert_array_equal(images, before)
