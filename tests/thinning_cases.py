@@ -26,11 +26,11 @@ def network(variables, x):
 def draw(shapes, seed=0):
     """Random numbers, none of them zero, in a tree of shapes."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.float32(0.5 + rng.random(shape)) * rng.choice([-1, 1], shape),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+
+    def draw_leaf(shape):
+        return jnp.asarray((0.5 + rng.random(shape)) * rng.choice([-1, 1], shape))
+
+    return jax.tree.map(draw_leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def make_variables(seed=0):
