@@ -280,7 +280,8 @@ def test_a_schedule_that_does_not_end_at_n_of_m_is_an_error(final):
 @pytest.mark.parametrize("m", [*range(1, 17), 32, 64])
 def test_a_schedule_may_end_at_any_n_of_m(m):
     for n in range(1, m + 1):
-        rule("w", agp.n_m(n, m), agp.one_shot((m - n) / m))
+        schedule = agp.one_shot((m - n) / m)
+        assert rule("w", agp.n_m(n, m), schedule).schedule is schedule
 
 
 def test_a_rounded_final_sparsity_is_refused_with_the_digits_that_tell_them_apart():
