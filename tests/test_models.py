@@ -1,3 +1,5 @@
+"""Models have the published counts and paths, and run variables that a cut made."""
+
 import re
 from functools import partial
 

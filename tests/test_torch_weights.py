@@ -1,3 +1,5 @@
+"""Published weights of PyTorch give torch's logits; what does not fit is named."""
+
 import importlib.util
 import io
 import pickle

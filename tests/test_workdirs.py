@@ -1,3 +1,5 @@
+"""A workdir holds one experiment; a foreign directory is refused and left alone."""
+
 import json
 from pathlib import Path
 
