@@ -4,9 +4,10 @@ A mask is a bool array shaped like its parameter, True where the weight is kept.
 `optax.MaskedNode()`, a tree without leaves, stands where a parameter is not pruned.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,11 @@ from agp_jax.cells import Leaf, enter, mask_of_cells
 from agp_jax.contests import hold_contests, keep_n_of_m
 from agp_jax.couplings import Couplings
 from agp_jax.rules import Rule, match_rules
+from agp_jax.selection import Entrant
 from agp_jax.shardings import indices_along
 from agp_jax.trees import PyTree, flatten_with_paths, leaves_of
 from agp_jax.units import (
+    RankedGroup,
     all_units,
     enter_group,
     masks_of_members,
@@ -70,13 +73,30 @@ def make_masks(
         or do not let a rule remove what it names.
     """
     matched = match_rules(rules, params)
-    return remake_masks(params, matched, step, masks, gradients, scores, couplings)
+    return remake_masks(
+        params,
+        matched,
+        step,
+        masks=masks,
+        gradients=gradients,
+        scores=scores,
+        couplings=couplings,
+    )
+
+
+class _Rival(NamedTuple):
+    """Cells or units that compete, and what is done with those that win."""
+
+    entrant: Entrant
+    rule: Rule
+    keep: Callable[[jax.Array], None]
 
 
 def remake_masks(
     params: PyTree,
     matched: PyTree,
     step: int | jax.Array,
+    *,
     masks: PyTree | None,
     gradients: PyTree | None,
     scores: PyTree | None,
@@ -89,57 +109,72 @@ def remake_masks(
     weights = dict(zip(paths, arrays, strict=True))
     rules = dict(zip(paths, treedef.flatten_up_to(matched), strict=True))
     new_masks = _by_path(masks, paths, "the masks")  # those of earlier rules stay
-    gradients = _by_path(gradients, paths, "the gradients")
-    scores = _by_path(scores, paths, "the scores")
-    leaves = {
-        path: _leaf(path, rule, weights, new_masks, gradients, scores)
-        for path, rule in rules.items()
-        if rule is not None
-    }
+    leaves = _pruned_leaves(
+        weights,
+        rules,
+        masks=new_masks,
+        gradients=_by_path(gradients, paths, "the gradients"),
+        scores=_by_path(scores, paths, "the scores"),
+    )
     groups = [] if couplings is None else rank_groups(leaves, weights, couplings)
-    alone = [
-        leaf
-        for leaf in leaves.values()
-        if couplings is None or not leaf.rule.prunes_units
-    ]
-    contesting = []
-    for leaf in alone:
+    units: dict[str, jax.Array] = {}
+
+    def keep_cells(leaf: Leaf, kept: jax.Array) -> None:
+        new_masks[leaf.path] = mask_of_cells(leaf, kept)
+
+    def keep_units(group: RankedGroup, kept: jax.Array) -> None:
+        units[group.name] = kept
+
+    rivals: list[_Rival] = []
+    for leaf in leaves.values():
+        if couplings is not None and leaf.rule.prunes_units:
+            continue  # it is masked with the groups below
         if leaf.weights.size == 0 or not _may_prune(leaf.rule, step):
             new_masks[leaf.path] = _unchanged(leaf)
         elif leaf.structure.keep_n_of_m:
             new_masks[leaf.path] = keep_n_of_m(leaf, step)
         else:
-            contesting.append(leaf)
-    moving = [group for group in groups if _may_prune(group.rule, step)]
-    kept = hold_contests(
-        [*map(enter, contesting), *(enter_group(group, leaves) for group in moving)],
-        [rival.rule for rival in (*contesting, *moving)],
-        step,
-    )
-    for leaf, cells in zip(contesting, kept, strict=False):
-        new_masks[leaf.path] = mask_of_cells(leaf, cells)
-    moved = iter(kept[len(contesting) :])
-    units = [next(moved) if group in moving else all_units(group) for group in groups]
-    new_masks |= masks_of_members(groups, units, weights, new_masks)
+            keep = functools.partial(keep_cells, leaf)
+            rivals.append(_Rival(enter(leaf), leaf.rule, keep))
+    for group in groups:
+        keep = functools.partial(keep_units, group)
+        if _may_prune(group.rule, step):
+            rivals.append(_Rival(enter_group(group, leaves), group.rule, keep))
+        else:
+            keep(all_units(group))
+    entrants = [rival.entrant for rival in rivals]
+    winners = hold_contests(entrants, [rival.rule for rival in rivals], step)
+    for rival, kept in zip(rivals, winners, strict=True):
+        rival.keep(kept)
+    # A leaf may belong to several groups, so their masks are made at once.
+    kept = [units[group.name] for group in groups]
+    new_masks |= masks_of_members(groups, kept, weights, new_masks)
     return treedef.unflatten(new_masks.get(path, optax.MaskedNode()) for path in paths)
 
 
-def _leaf(
-    path: str,
-    rule: Rule,
+def _pruned_leaves(
     weights: Mapping[str, Any],
+    rules: Mapping[str, Rule | None],
+    *,
     masks: Mapping[str, jax.Array],
     gradients: Mapping[str, jax.Array],
     scores: Mapping[str, jax.Array],
-) -> Leaf:
-    mask = masks.get(path)
-    array = jnp.asarray(weights[path])
-    if mask is not None and mask.shape != array.shape:
-        raise ValueError(
-            f"the mask of {path} must have its shape {array.shape}, got {mask.shape}"
-        )
-    gradient = gradients.get(path) if rule.scores_gradients else None
-    return Leaf(path, rule, array, mask, gradient, scores.get(path))
+) -> dict[str, Leaf]:
+    """What the rules prune, by path; all arguments are by path, too."""
+    leaves = {}
+    for path, rule in rules.items():
+        if rule is None:
+            continue
+        mask = masks.get(path)
+        array = jnp.asarray(weights[path])
+        if mask is not None and mask.shape != array.shape:
+            raise ValueError(
+                f"the mask of {path} must have its shape {array.shape}, got "
+                f"{mask.shape}"
+            )
+        gradient = gradients.get(path) if rule.scores_gradients else None
+        leaves[path] = Leaf(path, rule, array, mask, gradient, scores.get(path))
+    return leaves
 
 
 def _by_path(tree: PyTree, paths: Sequence[str], what: str) -> dict[str, Any]:

@@ -117,10 +117,16 @@ def prune(
         is_event = _is_event(matched, step)
 
         def remake() -> PyTree:
-            masks = _unpacked(state.masks)
-            return store(
-                remake_masks(params, matched, step, masks, updates, scores, couplings)
+            masks = remake_masks(
+                params,
+                matched,
+                step,
+                masks=_unpacked(state.masks),
+                gradients=updates,
+                scores=scores,
+                couplings=couplings,
             )
+            return store(masks)
 
         def forget() -> PyTree:
             return _mask_mirrors(state.inner_state, _unpacked(stored), params)

@@ -37,6 +37,10 @@ class RankedGroup(NamedTuple):
     scored: tuple[Member, ...]
 
     @property
+    def name(self) -> str:
+        return self.units.name
+
+    @property
     def members(self) -> tuple[Member, ...]:
         return self.units.members
 
