@@ -1,7 +1,7 @@
 """The cells of a parameter: what they are ranked by, and masks made of them."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,25 +61,29 @@ class Leaf(NamedTuple):
 def enter(leaf: Leaf) -> Entrant:
     """The cells of `leaf` as they enter a contest, or one for each row."""
     if math.prod(leaf.box) == 1:
-        # A weight is a cell: nothing is stored, each pass scores the weights anew.
-        arrays = {k: x for k, x in leaf._asdict().items() if isinstance(x, jax.Array)}
+        # A weight is a cell: nothing is stored, each pass scores the weights anew. It
+        # scores the arrays that it is given, not the leaf's own, which a compiler
+        # would score before the first pass and store.
+        def keys(
+            weights: jax.Array,
+            mask: jax.Array | None,
+            gradient: jax.Array | None,
+            score: jax.Array | None,
+        ) -> jax.Array:
+            return weight_keys(
+                Leaf(leaf.path, leaf.rule, weights, mask, gradient, score)
+            )
 
-        def keys(*values: jax.Array) -> jax.Array:
-            again: Any = zip(arrays, values, strict=True)
-            return weight_keys(leaf._replace(**dict(again)))
-
-        inputs = tuple(arrays.values())
+        arrays = (leaf.weights, leaf.mask, leaf.gradient, leaf.score)
     else:
-        scores = weight_scores(leaf)
-        if leaf.mask is None:
-            inputs = (sum_boxes(scores, leaf.box),)
-        else:
+        keys = cell_keys
+        scores, alive = weight_scores(leaf), None
+        if leaf.mask is not None:
             scores = jnp.where(leaf.mask, scores, 0.0)
             alive = any_in_boxes(leaf.mask, leaf.box)
-            inputs = (sum_boxes(scores, leaf.box), alive)
-        keys = cell_keys
+        arrays = (sum_boxes(scores, leaf.box), alive)
     return Entrant(
-        inputs,
+        arrays,
         keys,
         shape=(*leaf.row_shape, *leaf.grid),
         num_row_axes=leaf.rule.stacked_axes,

@@ -36,7 +36,7 @@ class Entrant(NamedTuple):
     """A tensor of cells that takes part in one or several contests.
 
     Attributes:
-      arrays: what its keys are made of.
+      arrays: what its keys are made of; None where there is no such array.
       keys: a function of `arrays` that gives int32 keys, larger is better, of shape
         (*rows, *cells).
       shape: the shape of the keys.
@@ -47,7 +47,7 @@ class Entrant(NamedTuple):
       idle_bits: so many low bits are zero in all keys.
     """
 
-    arrays: tuple[jax.Array, ...]
+    arrays: tuple[jax.Array | None, ...]
     keys: Callable[..., jax.Array]
     shape: tuple[int, ...]
     contest: int = 0
