@@ -59,20 +59,13 @@ def analyse(
     input_paths, _, _ = flatten_with_paths(inputs)
     for variable, path in zip(program.inputs[len(leaves) :], input_paths, strict=True):
         reason = f"input {path}, whose shape is given"
-        values.append(
-            Value(
-                tuple(
-                    flow.fixed_because(size, lambda text=reason: text)
-                    for size in variable.shape
-                )
-            )
-        )
+        axes = (flow.fixed_because(size, reason) for size in variable.shape)
+        values.append(Value(tuple(axes)))
     outputs = propagate(flow, program, values)
     if freeze_outputs:
         for path, value in zip(flatten_with_paths(out)[0], outputs, strict=True):
-            text = f"output {path}".rstrip() + ", whose shape must stay"
-            flow.because(lambda text=text: text)
-            flow.freeze(*value.axes)
+            with flow.at(f"output {path}".rstrip() + ", whose shape must stay"):
+                flow.freeze(*value.axes)
     return Analysis(program, flow, paths, leaves, out)
 
 
@@ -85,7 +78,7 @@ def stacked_atoms(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
     """
     flow = analysis.flow
     stacks = np.zeros(flow.atoms.size, np.int32)
-    layers = [0]
+    num_layers = [0]
     for equation in analysis.program.equations:
         if equation.name == "scan":
             members = _stacked_leaves(analysis, equation)
@@ -93,9 +86,9 @@ def stacked_atoms(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
             outside = _atoms_of(flow, _axes_outside(analysis, equation, members))
             own = inside & ~outside
             own[FROZEN] = False
-            layers.append(equation.params["length"])
-            stacks[own] = len(layers) - 1
-    return stacks, np.array(layers)
+            num_layers.append(equation.params["length"])
+            stacks[own] = len(num_layers) - 1
+    return stacks, np.array(num_layers)
 
 
 def _stacked_leaves(analysis: Analysis, scan: Equation) -> set[int]:

@@ -5,9 +5,10 @@ are cut alike. A reshape that merges axes makes product atoms, and one that spli
 axis takes them apart again.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,9 @@ class Flow:
       roles: what the program does with each leaf's axis: "out", "in" or "each".
       inexact: axes whose removal changes results, and the number of the reason.
       relied: axes whose removal changes nothing because certain leaves are zero there.
+
+    What freezes an axis or makes it inexact is remembered: the equation, or a reason in
+    words, that the flow is `at`.
     """
 
     def __init__(self):
@@ -72,22 +76,28 @@ class Flow:
         self.roles: dict[tuple[int, int], set[str]] = {}
         self.inexact: list[tuple[np.ndarray, int]] = []
         self.relied: list[tuple[np.ndarray, frozenset[int]]] = []
-        self._reasons: list[Callable[[], str]] = [lambda: "a size of 1"]
+        self._reasons: list[Equation | str] = ["a size of 1"]
         self._now = 0
         self._fixed: dict[int, Axis] = {}
 
-    def because(self, reason: Callable[[], str]) -> int:
-        """Names the reason for what follows, and its number."""
-        self._reasons.append(reason)
-        self._now = len(self._reasons) - 1
-        return self._now
-
-    def enter(self, equation: Equation) -> None:
-        """Makes `equation` the reason for what follows."""
-        self.because(lambda: f"{equation.name} at {source_line(equation)}")
+    @contextlib.contextmanager
+    def at(self, reason: Equation | str) -> Iterator[None]:
+        """Makes `reason` that of all that is found out inside, and of nothing after."""
+        before, self._now = self._now, self._number(reason)
+        try:
+            yield
+        finally:
+            self._now = before
 
     def reason(self, number: int) -> str:
-        return self._reasons[number]()
+        reason = self._reasons[number]
+        if isinstance(reason, Equation):
+            return f"{reason.name} at {source_line(reason)}"
+        return reason
+
+    def _number(self, reason: Equation | str) -> int:
+        self._reasons.append(reason)
+        return len(self._reasons) - 1
 
     def fresh(self, size: int, zeros: frozenset[int] | None = None) -> Axis:
         """An axis tied to nothing yet."""
@@ -99,13 +109,13 @@ class Flow:
             self._fixed[size] = Axis(np.full(size, FROZEN, np.int32))
         return self._fixed[size]
 
-    def fixed_because(self, size: int, reason: Callable[[], str]) -> Axis:
+    def fixed_because(self, size: int, reason: str) -> Axis:
         """An axis that cannot shrink, nor what it is tied to, for a reason."""
-        atom = self.atoms.fresh_frozen(self.because(reason))
+        atom = self.atoms.fresh_frozen(self._number(reason))
         return Axis(np.full(size, atom, np.int32))
 
     def freeze(self, *axes: Axis) -> None:
-        """Keeps axes from shrinking, because of the current equation."""
+        """Keeps axes from shrinking, for the present reason."""
         for axis in axes:
             self.atoms.freeze(axis.atoms, self._now)
 

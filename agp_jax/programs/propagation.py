@@ -19,12 +19,14 @@ def propagate(flow: Flow, program: Program, inputs: Sequence[Value]) -> list[Val
     """Labels every value of `program`; returns those of its outputs."""
     flow.values.update(zip(program.inputs, inputs, strict=True))
     for equation in program.equations:
-        outputs = _apply(flow, equation, [value_of(flow, v) for v in equation.inputs])
-        for variable, value in zip(equation.outputs, outputs, strict=True):
-            assert tuple(a.size for a in value.axes) == variable.shape, equation
-            flow.freeze(*(axis for axis in value.axes if axis.size == 1))
-            flow.values[variable] = value
-            flow.makers[variable] = equation
+        with flow.at(equation):
+            ins = [value_of(flow, v) for v in equation.inputs]
+            outputs = _apply(flow, equation, ins)
+            for variable, value in zip(equation.outputs, outputs, strict=True):
+                assert tuple(a.size for a in value.axes) == variable.shape, equation
+                flow.freeze(*(axis for axis in value.axes if axis.size == 1))
+                flow.values[variable] = value
+                flow.makers[variable] = equation
     return [value_of(flow, v) for v in program.outputs]
 
 
@@ -39,7 +41,6 @@ def value_of(flow: Flow, variable: Variable) -> Value:
 
 
 def _apply(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
-    flow.enter(equation)
     if equation.name in _WITH_BODIES:
         return _WITH_BODIES[equation.name](flow, equation, ins)
     rule = _RULES.get(equation.name, _unknown)
@@ -86,7 +87,6 @@ def _scan(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     carry = [_carried(value) for value in ins[num_consts:first]]
     (body,) = equation.bodies
     outs = propagate(flow, body, [*ins[:num_consts], *carry, *steps])
-    flow.enter(equation)
     for before, after in zip(carry, outs, strict=False):
         flow.unify_values(before, after)
     stacked = [
@@ -104,7 +104,6 @@ def _while(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     carry = [_carried(value) for value in ins[ends[1] :]]
     propagate(flow, condition, [*ins[: ends[0]], *carry])
     outs = propagate(flow, body, [*ins[ends[0] : ends[1]], *carry])
-    flow.enter(equation)
     for before, after in zip(carry, outs, strict=True):
         flow.unify_values(before, after)
     return carry
@@ -112,7 +111,6 @@ def _while(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
 
 def _cond(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     results = [propagate(flow, branch, ins[1:]) for branch in equation.bodies]
-    flow.enter(equation)
     outs = []
     for values in zip(*results, strict=True):
         columns = zip(*(value.axes for value in values), strict=True)

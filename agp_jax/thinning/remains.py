@@ -37,14 +37,17 @@ class Remains:
         differ.
       kept: what stays along each axis, by the identity of its atoms, which stand beside
         it so that no other array takes their identity.
-      rules: the derivative rules met so far, as programs.
+      derivatives: what functions bring along as theirs, as programs, once they are
+        differentiated.
     """
 
     analysis: Analysis
     cut: Cut
     gone: np.ndarray
     kept: dict[int, tuple[np.ndarray, Kept]] = dataclasses.field(default_factory=dict)
-    rules: dict[Equation, tuple[Program, ...]] = dataclasses.field(default_factory=dict)
+    derivatives: dict[Equation, tuple[Program, ...]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def flow(self) -> Flow:
@@ -174,57 +177,57 @@ def kept_axes(remains: Remains, variable: Variable) -> list[Kept]:
     return [kept_along(remains, axis) for axis in value_of(remains.flow, variable).axes]
 
 
-def derivative_rule(remains: Remains, equation: Equation) -> tuple[Program, ...]:
-    """The programs of a derivative rule, labelled.
+def derivative_of(remains: Remains, equation: Equation) -> tuple[Program, ...]:
+    """The programs of the derivative that a function brings along, labelled.
 
     They are read the first time that something is differentiated, all at once.
     """
-    if equation not in remains.rules:
+    if equation not in remains.derivatives:
         known = [
             remains.analysis.program,
-            *(p for ps in remains.rules.values() for p in ps),
+            *(p for ps in remains.derivatives.values() for p in ps),
         ]
-        for other in {e: None for p in known for e in _with_rules(p)}:
-            if other not in remains.rules:
-                remains.rules[other] = _label_rule(remains.flow, other)
+        for other in {e: None for p in known for e in _with_derivatives(p)}:
+            if other not in remains.derivatives:
+                remains.derivatives[other] = _label_derivative(remains.flow, other)
         remains.gone = _gone_atoms(remains.analysis, remains.cut)
         remains.kept.clear()
-    return remains.rules[equation]
+    return remains.derivatives[equation]
 
 
-def _with_rules(program: Program) -> list[Equation]:
+def _with_derivatives(program: Program) -> list[Equation]:
     found = []
     for equation in program.equations:
         if equation.name in ("custom_jvp_call", "custom_vjp_call"):
             found.append(equation)
         for body in equation.bodies:
-            found += _with_rules(body)
+            found += _with_derivatives(body)
     return found
 
 
-def _label_rule(flow: Flow, equation: Equation) -> tuple[Program, ...]:
+def _label_derivative(flow: Flow, equation: Equation) -> tuple[Program, ...]:
     places = differentiable(equation)
     floats = [i for i, v in enumerate(equation.outputs) if is_inexact(v.aval)]
     ins = [_activation(value_of(flow, v)) for v in equation.inputs]
     outs = [_activation(flow.values[v]) for v in equation.outputs]
+    with flow.at(equation):
+        if equation.name == "custom_jvp_call":
+            program = jvp_program(equation)
+            made = propagate(flow, program, [*ins, *(ins[i] for i in places)])
+            _tie(flow, made, [*outs, *(outs[i] for i in floats)])
+            return (program,)
+        forward, backward = vjp_programs(equation)
+        made = propagate(flow, forward, ins)
+        _tie(flow, made[: len(outs)], outs)
+        cotangents = [outs[i] for i in floats]
+        found = propagate(flow, backward, [*made[len(outs) :], *cotangents])
+        _tie(flow, found, [ins[i] for i in places])
+        return forward, backward
 
-    def tie(found: Sequence[Value], expected: Sequence[Value]) -> None:
-        flow.enter(equation)
-        for one, other in zip(found, expected, strict=True):
-            flow.unify_values(one, other)
 
-    if equation.name == "custom_jvp_call":
-        program = jvp_program(equation)
-        made = propagate(flow, program, [*ins, *(ins[i] for i in places)])
-        tie(made, [*outs, *(outs[i] for i in floats)])
-        return (program,)
-    forward, backward = vjp_programs(equation)
-    made = propagate(flow, forward, ins)
-    tie(made[: len(outs)], outs)
-    cotangents = [outs[i] for i in floats]
-    found = propagate(flow, backward, [*made[len(outs) :], *cotangents])
-    tie(found, [ins[i] for i in places])
-    return forward, backward
+def _tie(flow: Flow, found: Sequence[Value], expected: Sequence[Value]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        flow.unify_values(one, other)
 
 
 def _activation(value: Value) -> Value:

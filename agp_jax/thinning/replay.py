@@ -24,7 +24,7 @@ from agp_jax.programs.jaxprs import (
 from agp_jax.thinning.cuts import Cut
 from agp_jax.thinning.remains import (
     Remains,
-    derivative_rule,
+    derivative_of,
     find_remains,
     is_inexact,
     kept_axes,
@@ -225,9 +225,9 @@ def _custom_jvp(remains, equation, arrays, layer):
 
     @function.defjvp
     def _(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-        (rule,) = derivative_rule(remains, equation)
+        (program,) = derivative_of(remains, equation)
         given = [*primals, *(tangents[i] for i in places)]
-        made = _run(remains, rule, given, layer)
+        made = _run(remains, program, given, layer)
         outs, rest = made[: len(body.outputs)], iter(made[len(body.outputs) :])
         return outs, [
             next(rest) if is_inexact(x) else np.zeros(jnp.shape(x), jax.dtypes.float0)
@@ -247,18 +247,18 @@ def _custom_vjp(remains, equation, arrays, layer):
         return _run(remains, body, operands, layer)
 
     def forward(*operands: Any) -> tuple[list[Any], list[Any]]:
-        rule, _ = derivative_rule(remains, equation)
-        made = _run(remains, rule, operands, layer)
+        program, _ = derivative_of(remains, equation)
+        made = _run(remains, program, operands, layer)
         return made[: len(body.outputs)], made[len(body.outputs) :]
 
     def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
-        _, rule = derivative_rule(remains, equation)
+        _, program = derivative_of(remains, equation)
         moving = [
             x
             for x, v in zip(cotangents, body.outputs, strict=True)
             if is_inexact(v.aval)
         ]
-        made = _run(remains, rule, [*residuals, *moving], layer)
+        made = _run(remains, program, [*residuals, *moving], layer)
         by_place = dict(zip(places, made, strict=True))
         return tuple(by_place.get(i) for i in range(len(arrays)))
 
