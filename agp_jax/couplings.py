@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agp_jax.trees import PyTree, flatten_with_paths, subtree_at
+from agp_jax.trees import PyTree, Shape, flatten_with_paths, subtree_at
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,29 +44,35 @@ class Group:
 
     Attributes:
       name: unique among the groups of a function, and the same in every run.
-      units: how many there are; in each layer if they are stacked.
+      num_units: how many there are; in each layer if they are stacked.
       members: where they live.
       inexact: why a thinned model would differ from the masked one; None if it is the
         same to float rounding.
-      layers: for the weights of layers that a scan steps through, how many there are;
-        each may lose other units, but all as many. None if units are of one kind.
+      num_layers: for the weights of layers that a scan steps through, how many there
+        are; each may lose other units, but all as many. None if units are of one kind.
     """
 
     name: str
-    units: int
+    num_units: int
     members: tuple[Member, ...]
     inexact: str | None = None
-    layers: int | None = None
+    num_layers: int | None = None
 
     @property
     def exact(self) -> bool:
         """Whether the thinned model computes what the masked one does."""
         return self.inexact is None
 
+    @property
+    def shape(self) -> Shape:
+        """That of a number for each unit: (layers, units), or (units,)."""
+        layers = (self.num_layers,) if self.num_layers else ()
+        return (*layers, self.num_units)
+
     def __str__(self) -> str:
-        stack = f"{self.layers} x " if self.layers else ""
+        stack = f"{self.num_layers} x " if self.num_layers else ""
         kind = "exact" if self.exact else f"not exact: {self.inexact}"
-        lines = [f"{self.name}: {stack}{self.units} units, {kind}"]
+        lines = [f"{self.name}: {stack}{self.num_units} units, {kind}"]
         for member in self.members:
             slices = member.indices.shape[1]
             times = f" x {slices}" if slices > 1 else ""
@@ -171,22 +177,22 @@ class Couplings:
 def unit_flags(group: Group, units: Any) -> np.ndarray:
     """Numbers of units as bools: (units,), or (layers, units) where these differ."""
     numbers = np.asarray(units, int)
-    if numbers.size and not 0 <= numbers.min() <= numbers.max() < group.units:
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < group.num_units:
         raise ValueError(
-            f"{group.name} has units 0 to {group.units - 1}, got {numbers.min()} to "
-            f"{numbers.max()}"
+            f"{group.name} has units 0 to {group.num_units - 1}, got "
+            f"{numbers.min()} to {numbers.max()}"
         )
     if numbers.ndim == 1:
-        flags = np.zeros(group.units, bool)
+        flags = np.zeros(group.num_units, bool)
         flags[numbers] = True
         return flags
-    if numbers.ndim != 2 or not group.layers or len(numbers) != group.layers:
+    if numbers.ndim != 2 or not group.num_layers or len(numbers) != group.num_layers:
         raise ValueError(
             f"{group.name}: expected the numbers of the units to remove"
-            + (f", or {group.layers} rows of them" if group.layers else "")
+            + (f", or {group.num_layers} rows of them" if group.num_layers else "")
             + f", got an array of shape {numbers.shape}"
         )
-    flags = np.zeros((group.layers, group.units), bool)
+    flags = np.zeros(group.shape, bool)
     np.put_along_axis(flags, numbers, True, axis=1)
     return flags
 

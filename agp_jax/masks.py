@@ -16,13 +16,12 @@ import optax
 
 from agp_jax.cells import Leaf, enter, mask_of_cells
 from agp_jax.contests import hold_contests, keep_n_of_m
-from agp_jax.couplings import Couplings
+from agp_jax.couplings import Couplings, Group
 from agp_jax.rules import Rule, match_rules
 from agp_jax.selection import Entrant
 from agp_jax.shardings import indices_along
 from agp_jax.trees import PyTree, flatten_with_paths, leaves_of
 from agp_jax.units import (
-    RankedGroup,
     all_units,
     enter_group,
     masks_of_members,
@@ -116,13 +115,13 @@ def remake_masks(
         gradients=_by_path(gradients, paths, "the gradients"),
         scores=_by_path(scores, paths, "the scores"),
     )
-    groups = [] if couplings is None else rank_groups(leaves, weights, couplings)
+    ranked_groups = [] if couplings is None else rank_groups(leaves, weights, couplings)
     units: dict[str, jax.Array] = {}
 
     def keep_cells(leaf: Leaf, kept: jax.Array) -> None:
         new_masks[leaf.path] = mask_of_cells(leaf, kept)
 
-    def keep_units(group: RankedGroup, kept: jax.Array) -> None:
+    def keep_units(group: Group, kept: jax.Array) -> None:
         units[group.name] = kept
 
     rivals: list[_Rival] = []
@@ -136,17 +135,18 @@ def remake_masks(
         else:
             keep = functools.partial(keep_cells, leaf)
             rivals.append(_Rival(enter(leaf), leaf.rule, keep))
-    for group in groups:
-        keep = functools.partial(keep_units, group)
-        if _may_prune(group.rule, step):
-            rivals.append(_Rival(enter_group(group, leaves), group.rule, keep))
+    for ranked in ranked_groups:
+        keep = functools.partial(keep_units, ranked.group)
+        if _may_prune(ranked.rule, step):
+            rivals.append(_Rival(enter_group(ranked, leaves), ranked.rule, keep))
         else:
-            keep(all_units(group))
+            keep(all_units(ranked.group))
     entrants = [rival.entrant for rival in rivals]
     winners = hold_contests(entrants, [rival.rule for rival in rivals], step)
     for rival, kept in zip(rivals, winners, strict=True):
         rival.keep(kept)
     # A leaf may belong to several groups, so their masks are made at once.
+    groups = [ranked.group for ranked in ranked_groups]
     kept = [units[group.name] for group in groups]
     new_masks |= masks_of_members(groups, kept, weights, new_masks)
     return treedef.unflatten(new_masks.get(path, optax.MaskedNode()) for path in paths)

@@ -27,28 +27,14 @@ class RankedGroup(NamedTuple):
     """A group whose units a rule prunes.
 
     Attributes:
-      units: the group.
+      group: the units.
       rule: when and how many of its units go.
       scored: the members whose slices the units are ranked by.
     """
 
-    units: Group
+    group: Group
     rule: Rule
     scored: tuple[Member, ...]
-
-    @property
-    def name(self) -> str:
-        return self.units.name
-
-    @property
-    def members(self) -> tuple[Member, ...]:
-        return self.units.members
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(layers, units), or (units,) where layers are not stacked."""
-        layers, units = self.units.layers, self.units.units
-        return (layers, units) if layers else (units,)
 
 
 def rank_groups(
@@ -84,27 +70,28 @@ def rank_groups(
     return list(ranked.values())
 
 
-def all_units(group: RankedGroup) -> jax.Array:
+def all_units(group: Group) -> jax.Array:
     """What is kept of a group before its first event."""
     return jnp.ones(group.shape, bool)
 
 
-def enter_group(group: RankedGroup, leaves: Mapping[str, Leaf]) -> Entrant:
+def enter_group(ranked: RankedGroup, leaves: Mapping[str, Leaf]) -> Entrant:
     """The units of a group as they enter a contest, or one for each layer."""
-    num_rows = len(group.shape) - 1
-    scored = [(leaves[member.path], member) for member in group.scored]
+    shape = ranked.group.shape
+    num_rows = len(shape) - 1
+    scored = [(leaves[member.path], member) for member in ranked.scored]
     scores = [_unit_scores(leaf, member, num_rows) for leaf, member in scored]
     alive = [_units_alive(leaf, member, num_rows) for leaf, member in scored]
     return Entrant(
         (functools.reduce(jnp.add, scores), functools.reduce(jnp.logical_or, alive)),
         cell_keys,
-        shape=group.shape,
+        shape=shape,
         num_row_axes=num_rows,
     )
 
 
 def masks_of_members(
-    groups: Sequence[RankedGroup],
+    groups: Sequence[Group],
     kept: Sequence[jax.Array],
     weights: Mapping[str, Any],
     masks: Mapping[str, jax.Array],
@@ -174,7 +161,7 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
             )
     counts = np.bincount(np.concatenate([m.indices.reshape(-1) for _, m in here]))
     if counts.max() > 1:
-        kinds = " and ".join(f"{g.name} ({g.units} units)" for g, _ in here)
+        kinds = " and ".join(f"{g.name} ({g.num_units} units)" for g, _ in here)
         raise ValueError(
             f"{subject} units of several kinds lie along its axis {axis}: {kinds}. "
             f"Choose one of them by agp.heads"

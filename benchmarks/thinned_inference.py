@@ -105,9 +105,9 @@ def _cut(couplings: agp.Couplings, part: float, round_to: int = 1) -> agp.Cut:
     """A cut of so much of every exact group."""
     flags = []
     for group in couplings.groups:
-        kept = math.ceil((1 - part * group.exact) * group.units)
-        kept = min(group.units, -(-kept // round_to) * round_to)
-        flags.append(np.arange(group.units) >= kept)
+        kept = math.ceil((1 - part * group.exact) * group.num_units)
+        kept = min(group.num_units, -(-kept // round_to) * round_to)
+        flags.append(np.arange(group.num_units) >= kept)
     return cut_units(couplings, flags)
 
 

@@ -97,7 +97,7 @@ def find(fn, variables, *inputs):
     """The couplings, and their groups as {name: (units, {(path, axis, role)})}."""
     couplings = agp.find_couplings(fn, variables, *inputs)
     return couplings, {
-        group.name: (group.units, {(m.path, m.axis, m.role) for m in group.members})
+        group.name: (group.num_units, {(m.path, m.axis, m.role) for m in group.members})
         for group in couplings.groups
     }
 

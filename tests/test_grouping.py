@@ -35,7 +35,7 @@ def test_a_hidden_layer_is_made_biased_and_read():
     members = {("up", 1, "out"), ("bias", 0, "each"), ("down", 0, "in")}
     assert groups == {"up[1]": (5, members)}
     (group,) = couplings.groups
-    assert group.exact and group.inexact is None and group.layers is None
+    assert group.exact and group.inexact is None and group.num_layers is None
     for path in PERCEPTRON:
         assert indices_of(group, path) == [[0], [1], [2], [3], [4]]
 
@@ -119,7 +119,7 @@ def test_flattening_spreads_a_channel_over_the_rows_of_a_dense_kernel():
 def test_a_fused_kernel_has_heads_and_features_of_heads():
     couplings, _ = find(attention, ATTENTION, shaped(2, 5, 6))
     heads, features = couplings.groups
-    assert (heads.units, features.units) == (2, 4)
+    assert (heads.num_units, features.num_units) == (2, 4)
     assert heads.exact and features.exact
     # Columns are counted as (query, key or value; head; feature), 3 * 2 * 4.
     columns = np.arange(24).reshape(3, 2, 4)
@@ -146,8 +146,8 @@ def test_stacked_layers_have_units_of_their_own():
         ),
         "layers/up[2]": (5, {("layers/up", 2, "out"), ("layers/down", 1, "in")}),
     }
-    assert couplings["layers/up[2]"].layers == 3
-    assert couplings["layers/down[2]"].layers is None
+    assert couplings["layers/up[2]"].num_layers == 3
+    assert couplings["layers/down[2]"].num_layers is None
     assert "layers/up[2]: 3 x 5 units, exact" in str(couplings)
 
 
@@ -287,7 +287,7 @@ def test_shapes_are_enough_and_no_weight_is_made():
     huge["down"] = shaped(width, width)
     before = len(jax.live_arrays())
     couplings = agp.find_couplings(perceptron, huge, shaped(1, width))
-    assert couplings["up[1]"].units == width
+    assert couplings["up[1]"].num_units == width
     assert len(jax.live_arrays()) == before
 
 

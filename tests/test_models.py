@@ -264,7 +264,7 @@ TINY = {
 def plan_half(couplings, pattern):
     """The cut of half the units of each exact group that `pattern` names a maker of."""
     removed = {
-        group.name: np.arange(group.units // 2)
+        group.name: np.arange(group.num_units // 2)
         for group in couplings.groups
         if group.exact
         and any(

@@ -30,7 +30,7 @@ def test_half_of_everything_in_resnet18_is_what_torch_pruning_published():
     fn, variables, couplings = network("resnet18")
     whole = agp.measure_cost(fn, variables, IMAGE)
     assert whole.subtree("params").params == 11_689_512
-    removed = {g.name: np.arange(g.units // 2) for g in couplings.groups}
+    removed = {g.name: np.arange(g.num_units // 2) for g in couplings.groups}
     cut = agp.plan_cut(couplings.masks(removed), couplings)
     thinned = jax.eval_shape(lambda tree: agp.thin(tree, cut), variables)
     cost = agp.measure_cost(fn, thinned, IMAGE)  # the model itself, narrower

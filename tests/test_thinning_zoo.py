@@ -212,7 +212,9 @@ def cut_in_half(fn, variables, inputs, seed=0):
     rng = np.random.default_rng(seed)
     masks = couplings.masks(
         {
-            group.name: np.sort(rng.permutation(group.units)[: group.units // 2])
+            group.name: np.sort(
+                rng.permutation(group.num_units)[: group.num_units // 2]
+            )
             for group in couplings.groups
             if group.exact
         }

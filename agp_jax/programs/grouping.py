@@ -36,10 +36,10 @@ def find_couplings(
     """
     analysis = analyse(fn, variables, *inputs, freeze_outputs=True)
     slices = leaf_slices(analysis)
-    stacks, layers = stacked_atoms(analysis)
+    stacks, num_layers = stacked_atoms(analysis)
     clusters = _cluster(slices, stacks)
     return Couplings(
-        groups=_make_groups(analysis, slices, clusters, stacks, layers),
+        groups=_make_groups(analysis, slices, clusters, stacks, num_layers),
         variables=jax.tree.map(abstract_array, variables),
         frozen=_frozen_slices(analysis),
         axes=_axes_to_keep(analysis, slices, clusters),
@@ -117,7 +117,7 @@ def _make_groups(
     slices: Slices,
     clusters: list[np.ndarray],
     stacks: np.ndarray,
-    layers: np.ndarray,
+    num_layers: np.ndarray,
 ) -> tuple[Group, ...]:
     flow = analysis.flow
     group_of = np.full(flow.atoms.size, -1)
@@ -133,10 +133,10 @@ def _make_groups(
         groups.append(
             Group(
                 name=_unique_name(members, names),
-                units=len(places),
+                num_units=len(places),
                 members=members,
                 inexact=inexact[number],
-                layers=int(layers[stack]) or None,
+                num_layers=int(num_layers[stack]) or None,
             )
         )
         names.add(groups[-1].name)

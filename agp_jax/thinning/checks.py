@@ -69,7 +69,7 @@ def check_cut(
     if not error <= tolerance:
         couplings = find_couplings(fn, variables, *inputs)
         for i, group in enumerate(couplings.groups):
-            dead = [np.zeros(group.units, bool) for group in couplings.groups]
+            dead = [np.zeros(group.shape, bool) for group in couplings.groups]
             dead[i] = _units_in(cut, group)
             if dead[i].any():
                 alone = error_of(cut_units(couplings, dead))
@@ -79,15 +79,15 @@ def check_cut(
 
 
 def _units_in(cut: Cut, group: Group) -> np.ndarray:
-    """Which units of a group a cut removes: (units,) or (layers, units)."""
-    shape = (group.layers, group.units) if group.layers else (group.units,)
-    gone = np.ones(shape, bool)
+    """Which units of a group a cut removes: bools of the group's shape."""
+    *layers, _ = group.shape
+    gone = np.ones(group.shape, bool)
     for member in group.members:
-        flags = np.zeros((*shape[:-1], cut.shapes[member.path][member.axis]), bool)
+        flags = np.zeros((*layers, cut.shapes[member.path][member.axis]), bool)
         kept = cut.get(member.path, {}).get(member.axis)
         if kept is None:
-            return np.zeros(shape, bool)
-        rows = np.broadcast_to(kept, (*shape[:-1], kept.shape[-1]))
+            return np.zeros(group.shape, bool)
+        rows = np.broadcast_to(kept, (*layers, kept.shape[-1]))
         np.put_along_axis(flags, rows, True, axis=-1)
         gone &= ~flags[..., member.indices].any(axis=-1)
     return gone

@@ -140,13 +140,13 @@ def plan_cut(
     dead = [
         _dead_units(group, known, close)
         if group.exact or inexact
-        else np.zeros(group.units, bool)
+        else np.zeros(group.shape, bool)
         for group in couplings.groups
     ]
     for axis in couplings.axes:
         _keep_one(axis, dead)
     for group, flags in zip(couplings.groups, dead, strict=True):
-        _keep_multiple(flags, round_to, group.units)
+        _keep_multiple(flags, round_to, group.num_units)
     return cut_units(couplings, dead)
 
 
@@ -220,17 +220,16 @@ def _on_host(mask: jax.Array) -> np.ndarray | jax.Array:
 
 
 def _dead_units(group: Group, masks: Mapping[str, Any], close: bool) -> np.ndarray:
-    """Which units of a group the masks remove: (units,) or (layers, units)."""
-    shape = (group.layers, group.units) if group.layers else (group.units,)
+    """Which units of a group the masks remove: bools of the group's shape."""
     members = [m for m in group.members if m.path in masks]
     if close:
         members = [m for m in members if m.role == "out"]
     needs_more = any(m.is_needed and m.path not in masks for m in group.members)
     if not members or (needs_more and not close):
-        return np.zeros(shape, bool)
-    dead = np.ones(shape, bool)
+        return np.zeros(group.shape, bool)
+    dead = np.ones(group.shape, bool)
     for member in members:
-        live = _live_along(masks[member.path], member, bool(group.layers))
+        live = _live_along(masks[member.path], member, bool(group.num_layers))
         dead &= ~live[..., member.indices].any(axis=-1)
     return dead
 
@@ -259,11 +258,11 @@ def _keep_one(axis: np.ndarray, dead: Sequence[np.ndarray]) -> None:
             flags[..., unit] &= ~gone if flags.ndim == np.ndim(gone) + 1 else False
 
 
-def _keep_multiple(dead: np.ndarray, multiple: int, units: int) -> None:
+def _keep_multiple(dead: np.ndarray, multiple: int, num_units: int) -> None:
     """Revives units, in place, until equally many stay in all layers, and some."""
-    rows = dead.reshape(-1, units)
+    rows = dead.reshape(-1, num_units)
     most = max(1, int((~rows).sum(axis=1).max()))
-    wanted = min(units, -(-most // multiple) * multiple)
+    wanted = min(num_units, -(-most // multiple) * multiple)
     for row in rows:
         revived = np.flatnonzero(row)[: wanted - int((~row).sum())]
         row[revived] = False
