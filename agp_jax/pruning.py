@@ -18,7 +18,7 @@ from agp_jax.masks import (
 )
 from agp_jax.packing import PackedMask, pack, unpack
 from agp_jax.rules import Rule, match_rules
-from agp_jax.trees import PyTree, map_children, map_mirrors
+from agp_jax.trees import PyTree, map_children, map_moments
 
 
 class PruneState(NamedTuple):
@@ -129,7 +129,7 @@ def prune(
             return store(masks)
 
         def forget() -> PyTree:
-            return _mask_mirrors(state.inner_state, _unpacked(stored), params)
+            return _mask_moments(state.inner_state, _unpacked(stored), params)
 
         # The masks come first, so that one fused pass can make the masked update. The
         # state goes apart, or XLA would choose again for it, from a copy of the masks.
@@ -209,10 +209,10 @@ def _stay_zero(mask: jax.Array, update: jax.Array, weights: jax.Array) -> jax.Ar
     return jnp.where(mask, update.astype(dtype), -weights.astype(dtype))
 
 
-def _mask_mirrors(inner_state: PyTree, masks: PyTree, params: PyTree) -> PyTree:
+def _mask_moments(inner_state: PyTree, masks: PyTree, params: PyTree) -> PyTree:
     """Zeroes what the optimizer remembers of masked weights, such as momentum."""
 
     def zero(leaf: jax.Array, mask: jax.Array | None) -> jax.Array:
         return leaf if mask is None else jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
-    return map_mirrors(zero, inner_state, params, masks_of_leaves(masks, params))
+    return map_moments(zero, inner_state, params, masks_of_leaves(masks, params))

@@ -66,7 +66,7 @@ def leaves_of(tree: PyTree | None, paths: Sequence[str], what: str) -> list[Any]
     return [by_path.get(path) for path in paths]
 
 
-def map_mirrors(
+def map_moments(
     function: Callable[[Any, Any], Any],
     tree: PyTree,
     params: PyTree,
@@ -92,10 +92,10 @@ def map_mirrors(
         mirrors = is_float and jnp.shape(leaf) == shapes[i]
         return function(leaf, values[i]) if mirrors else leaf
 
-    return map_mirrored(map_leaf, tree, params)
+    return map_subtrees_like(map_leaf, tree, params)
 
 
-def map_mirrored(
+def map_subtrees_like(
     function: Callable[[Any, int], Any],
     tree: PyTree,
     params: PyTree,
@@ -104,8 +104,8 @@ def map_mirrored(
 ) -> PyTree:
     """Applies `function(leaf, number of its parameter)` to all subtrees like `params`.
 
-    As `map_mirrors`, but to every leaf of such subtrees, whatever its type and shape;
-    `is_leaf` says what counts as one.
+    Such subtrees as `map_moments` looks for, but every leaf of them, whatever its type
+    and shape; `is_leaf` says what counts as one.
     """
     treedef = jax.tree.structure(params)
     numbers = treedef.unflatten(range(treedef.num_leaves))

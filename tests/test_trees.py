@@ -15,7 +15,7 @@ from agp_jax.trees import (
     flatten_with_paths,
     leaves_of,
     map_children,
-    map_mirrors,
+    map_moments,
     path_string,
 )
 
@@ -142,7 +142,7 @@ def test_a_bare_array_has_the_empty_path_and_an_empty_tree_none():
 def mirrored(params, state):
     """For each leaf of the state the path of the parameter it mirrors, or None."""
     paths = flatten_with_paths(params)[0]
-    result = map_mirrors(lambda leaf, path: path, state, params, paths)
+    result = map_moments(lambda leaf, path: path, state, params, paths)
     assert jax.tree.structure(result) == jax.tree.structure(state)
     return [x if isinstance(x, str) else None for x in jax.tree.leaves(result)]
 
@@ -234,7 +234,7 @@ def test_what_has_another_shape_or_holds_no_floats_is_no_mirror():
 def test_leaves_that_mirror_nothing_come_back_untouched():
     params = {"a": jnp.ones(2)}
     state = {"count": jnp.int32(3), "mu": params, "note": "text", "none": None}
-    result = map_mirrors(lambda leaf, add: leaf + add, state, params, [5.0])
+    result = map_moments(lambda leaf, add: leaf + add, state, params, [5.0])
     assert result["count"] is state["count"]
     assert result["note"] is state["note"] and result["none"] is None
     assert result["mu"]["a"].tolist() == [6.0, 6.0]

@@ -13,7 +13,7 @@ import optax
 from agp_jax.packing import PackedMask
 from agp_jax.thinning.cuts import Cut
 from agp_jax.thinning.trees import is_packed, take_kept, thin, thin_leaf
-from agp_jax.trees import PyTree, abstract_array, flatten_with_paths, map_mirrored
+from agp_jax.trees import PyTree, abstract_array, flatten_with_paths, map_subtrees_like
 
 
 def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTree:
@@ -61,7 +61,7 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
         opt_state,
         is_leaf=lambda x: _is_factored(x) or is_packed(x),
     )
-    state = map_mirrored(thin_mirror, state, params, is_leaf=is_packed)
+    state = map_subtrees_like(thin_mirror, state, params, is_leaf=is_packed)
     return jax.tree.map(
         lambda x: x.value if isinstance(x, _Done) else x, state, is_leaf=is_packed
     )
@@ -100,8 +100,8 @@ def _thin_factored(
     paths, _, _ = flatten_with_paths(params)
     rows: dict[int, Any] = {}
     columns: dict[int, Any] = {}
-    map_mirrored(lambda x, i: rows.setdefault(i, x), state.v_row, params)
-    map_mirrored(lambda x, i: columns.setdefault(i, x), state.v_col, params)
+    map_subtrees_like(lambda x, i: rows.setdefault(i, x), state.v_row, params)
+    map_subtrees_like(lambda x, i: columns.setdefault(i, x), state.v_col, params)
     for i, row in rows.items():
         kept = cut.get(paths[i], {})
         if kept and math.prod(jnp.shape(row)) > 1:
@@ -125,9 +125,9 @@ def _thin_factored(
         return take_kept(leaf, cut.get(paths[i], {})) if is_whole else leaf
 
     return state._replace(
-        v_row=map_mirrored(lambda _, i: rows[i], state.v_row, params),
-        v_col=map_mirrored(lambda _, i: columns[i], state.v_col, params),
-        v=map_mirrored(thin_whole, state.v, params),
+        v_row=map_subtrees_like(lambda _, i: rows[i], state.v_row, params),
+        v_col=map_subtrees_like(lambda _, i: columns[i], state.v_col, params),
+        v=map_subtrees_like(thin_whole, state.v, params),
     )
 
 
