@@ -27,13 +27,15 @@ from agp_jax.programs.jaxprs import (
 from agp_jax.trees import PyTree, Shape, flatten_with_paths
 
 
-class _Leaf(NamedTuple):
+class _Part(NamedTuple):
+    """A leaf that a value is made of."""
+
     number: int
     size: int
 
 
-# The leaves a value is made of: none for a constant; None if it depends on the inputs.
-_Source = tuple[_Leaf, ...] | None
+# What a value is made of: nothing for a constant; None if it depends on the inputs.
+_Origin = tuple[_Part, ...] | None
 # Multiply-adds by the number of the kernel's leaf, or None where there is no kernel.
 _Macs = Counter[int | None]
 
@@ -186,13 +188,13 @@ def measure_cost(fn: Callable[..., Any], variables: PyTree, *inputs: Any) -> Cos
     """
     paths, leaves, _ = flatten_with_paths(variables)
     program, _ = trace(fn, variables, *inputs)
-    sources: list[_Source] = [
-        (_Leaf(i, math.prod(np.shape(leaf))),) if _is(leaf, jnp.number) else ()
+    origins: list[_Origin] = [
+        (_Part(i, math.prod(np.shape(leaf))),) if _is(leaf, jnp.number) else ()
         for i, leaf in enumerate(leaves)
     ]
-    sources += [None] * (len(program.inputs) - len(leaves))
+    origins += [None] * (len(program.inputs) - len(leaves))
     notes: dict[str, None] = {}
-    macs, _ = _count(program, sources, notes)
+    macs, _ = _count(program, origins, notes)
     nonzeros = _count_nonzeros(leaves)
     return Cost(
         tuple(
@@ -208,16 +210,16 @@ def measure_cost(fn: Callable[..., Any], variables: PyTree, *inputs: Any) -> Cos
 
 
 def _count(
-    program: Program, sources: Sequence[_Source], notes: dict[str, None]
-) -> tuple[_Macs, list[_Source]]:
+    program: Program, origins: Sequence[_Origin], notes: dict[str, None]
+) -> tuple[_Macs, list[_Origin]]:
     """The multiply-adds of a program, and what its outputs are made of.
 
     Args:
       program: the program.
-      sources: what its inputs are made of.
+      origins: what its inputs are made of.
       notes: takes what cannot be counted.
     """
-    known = dict(zip(program.inputs, sources, strict=True))
+    known = dict(zip(program.inputs, origins, strict=True))
     total: _Macs = Counter()
     for equation in program.equations:
         inputs = [known.get(x, ()) for x in equation.inputs]  # else a constant
@@ -228,25 +230,25 @@ def _count(
 
 
 def _count_equation(
-    equation: Equation, sources: Sequence[_Source], notes: dict[str, None]
-) -> tuple[_Macs, Sequence[_Source]]:
+    equation: Equation, origins: Sequence[_Origin], notes: dict[str, None]
+) -> tuple[_Macs, Sequence[_Origin]]:
     name = equation.name
     if name in _PRODUCTS:
         lhs, rhs = equation.inputs[:2]
         (out,) = equation.outputs
         macs = _PRODUCTS[name](lhs.shape, rhs.shape, out.shape, equation.params)
-        return _attribute(macs, *sources[:2]), [_source_of_all(name, sources)]
+        return _attribute(macs, *origins[:2]), [_origin_of_all(name, origins)]
     if name in _NESTED:
-        return _NESTED[name](equation, sources, notes)
+        return _NESTED[name](equation, origins, notes)
     if equation.bodies:
         (called,) = equation.bodies
-        return _count(called, sources, notes)
+        return _count(called, origins, notes)
     if any(map(_has_products, core.jaxprs_in_params(equation.params))):
         notes[f"{_name_and_line(equation)} is not counted"] = None
-    return Counter(), [_source_of_all(name, sources)] * len(equation.outputs)
+    return Counter(), [_origin_of_all(name, origins)] * len(equation.outputs)
 
 
-def _attribute(macs: int, lhs: _Source, rhs: _Source) -> _Macs:
+def _attribute(macs: int, lhs: _Origin, rhs: _Origin) -> _Macs:
     """Gives `macs` to the leaves of the kernel: of `rhs`, or else of `lhs`.
 
     Leaves that were concatenated into one kernel share by size.
@@ -265,17 +267,17 @@ def _attribute(macs: int, lhs: _Source, rhs: _Source) -> _Macs:
     return found
 
 
-def _source_of_all(name: str, sources: Sequence[_Source]) -> _Source:
-    """What a value computed from values of these sources is made of.
+def _origin_of_all(name: str, origins: Sequence[_Origin]) -> _Origin:
+    """What a value computed from values of these origins is made of.
 
     Weights may be cast, masked, standardised or scaled before they are used, so the
     largest operand gives the leaf; concatenation keeps all.
     """
-    known = [source for source in sources if source is not None]
-    if len(known) < len(sources):
+    known = [origin for origin in origins if origin is not None]
+    if len(known) < len(origins):
         return None
     if name in ("concatenate", "stack"):
-        return tuple(dict.fromkeys(leaf for source in known for leaf in source))
+        return tuple(dict.fromkeys(leaf for origin in known for leaf in origin))
     return max(known, key=lambda x: sum(leaf.size for leaf in x), default=())
 
 
@@ -311,26 +313,26 @@ _PRODUCTS = {
 
 
 def _count_scan(
-    equation: Equation, sources: Sequence[_Source], notes: dict[str, None]
-) -> tuple[_Macs, list[_Source]]:
+    equation: Equation, origins: Sequence[_Origin], notes: dict[str, None]
+) -> tuple[_Macs, list[_Origin]]:
     num_constants, num_carried = scan_counts(equation)
     end = num_constants + num_carried
     (body,) = equation.bodies
-    carried = _carried(body, sources, num_constants, end)
-    inputs = [*sources[:num_constants], *carried, *sources[end:]]
+    carried = _carried(body, origins, num_constants, end)
+    inputs = [*origins[:num_constants], *carried, *origins[end:]]
     macs, outputs = _count(body, inputs, notes)
     return _times(macs, equation.params["length"]), outputs
 
 
 def _count_while(
-    equation: Equation, sources: Sequence[_Source], notes: dict[str, None]
-) -> tuple[_Macs, list[_Source]]:
+    equation: Equation, origins: Sequence[_Origin], notes: dict[str, None]
+) -> tuple[_Macs, list[_Origin]]:
     test, body = equation.bodies
     start = equation.params["cond_nconsts"]
-    test_constants, sources = sources[:start], sources[start:]
+    test_constants, origins = origins[:start], origins[start:]
     start = equation.params["body_nconsts"]
-    carried = _carried(body, sources, start, len(sources))
-    macs, outputs = _count(body, [*sources[:start], *carried], notes)
+    carried = _carried(body, origins, start, len(origins))
+    macs, outputs = _count(body, [*origins[:start], *carried], notes)
     _add(macs, _count(test, [*test_constants, *carried], notes)[0])
     if macs:
         name = _name_and_line(equation)
@@ -339,27 +341,27 @@ def _count_while(
 
 
 def _carried(
-    body: Program, sources: Sequence[_Source], start: int, end: int
-) -> list[_Source]:
+    body: Program, origins: Sequence[_Origin], start: int, end: int
+) -> list[_Origin]:
     """What a loop carries: values of the last iteration, or what never changes."""
     results = body.outputs[: end - start]
     return [
-        source if variable is result else None
-        for variable, result, source in zip(
-            body.inputs[start:end], results, sources[start:end], strict=True
+        origin if variable is result else None
+        for variable, result, origin in zip(
+            body.inputs[start:end], results, origins[start:end], strict=True
         )
     ]
 
 
 def _count_cond(
-    equation: Equation, sources: Sequence[_Source], notes: dict[str, None]
-) -> tuple[_Macs, list[_Source]]:
-    branches = [_count(branch, sources[1:], notes) for branch in equation.bodies]
+    equation: Equation, origins: Sequence[_Origin], notes: dict[str, None]
+) -> tuple[_Macs, list[_Origin]]:
+    branches = [_count(branch, origins[1:], notes) for branch in equation.bodies]
     macs = max((macs for macs, _ in branches), key=Counter.total)
     for others, _ in branches:
         _add(macs, dict.fromkeys(others, 0))  # kernels all the same
     outputs = zip(*(outputs for _, outputs in branches), strict=True)
-    return macs, [_source_of_all("cond", [sources[0], *x]) for x in outputs]
+    return macs, [_origin_of_all("cond", [origins[0], *x]) for x in outputs]
 
 
 _NESTED = {"scan": _count_scan, "while": _count_while, "cond": _count_cond}

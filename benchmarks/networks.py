@@ -24,9 +24,9 @@ def abstract(shapes: Shapes, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruc
 
 def random(shapes: Shapes, dtype=jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
     """Normally distributed arrays."""
-    source = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     return {
-        path: jnp.asarray(source.standard_normal(shape, np.float32), dtype)
+        path: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
         for path, shape in shapes.items()
     }
 

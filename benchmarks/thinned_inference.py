@@ -166,8 +166,8 @@ def _time_thinning(network: Network) -> dict[str, Any]:
 
 def _random(shape: jax.ShapeDtypeStruct) -> jax.Array:
     """Small positive numbers, which are fit for variances too."""
-    source = np.random.default_rng(0)
-    return jnp.asarray(source.uniform(0.01, 0.1, shape.shape), shape.dtype)
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.uniform(0.01, 0.1, shape.shape), shape.dtype)
 
 
 if __name__ == "__main__":

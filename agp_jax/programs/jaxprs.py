@@ -2,7 +2,7 @@
 
 Calls of jitted functions are inlined. Every call site gets variables of its own, as JAX
 shares the inner jaxpr of a jitted function between its callers. Loops, branches, remat
-and functions with derivative rules of their own stay equations, whose bodies are
+and functions with derivatives of their own stay equations, whose bodies are
 programs in turn.
 """
 
@@ -65,8 +65,8 @@ class Equation:
       inputs: the variables it reads; literals are variables with a constant.
       outputs: the variables it makes.
       bodies: the programs inside it, of this call site alone.
-      sources: where it comes from and then, outwards, the calls that it is inside of;
-        see `source_line`.
+      calls: where it was applied and then, outwards, the calls that this happened
+        inside of; see `source_line`.
     """
 
     primitive: Any
@@ -74,7 +74,7 @@ class Equation:
     inputs: tuple[Variable, ...]
     outputs: tuple[Variable, ...]
     bodies: tuple["Program", ...]
-    sources: tuple[Any, ...]
+    calls: tuple[Any, ...]
 
     @property
     def name(self) -> str:
@@ -127,7 +127,7 @@ def source_line(equation: Equation) -> str:
 
     What JAX itself has jitted knows no such line; then it is that of the call.
     """
-    lines = map(source_info_util.summarize, equation.sources)
+    lines = map(source_info_util.summarize, equation.calls)
     return next(filter(None, lines), "")
 
 
@@ -148,7 +148,7 @@ def scan_counts(equation: Equation) -> tuple[int, int]:
 
 
 def jvp_program(equation: Equation) -> Program:
-    """The derivative rule of a `custom_jvp` function, as it was traced.
+    """The derivative of a `custom_jvp` function, as it was traced.
 
     From all primals and the tangents of those that have one (`differentiable`) to the
     primal outputs and the tangents of the floating point ones.
@@ -156,18 +156,18 @@ def jvp_program(equation: Equation) -> Program:
     places = differentiable(equation)
     floats = [i for i, v in enumerate(equation.outputs) if _is_float(v.aval)]
 
-    def rule(primals: list[Any], tangents: list[Any]) -> tuple[list[Any], list[Any]]:
+    def push(primals: list[Any], tangents: list[Any]) -> tuple[list[Any], list[Any]]:
         function = _function_of(equation, places, primals)
         out, out_tangents = jax.jvp(function, [primals[i] for i in places], tangents)
         return out, [out_tangents[i] for i in floats]
 
     primals = [_abstract(v) for v in equation.inputs]
-    program, _ = trace(rule, primals, [primals[i] for i in places])
+    program, _ = trace(push, primals, [primals[i] for i in places])
     return program
 
 
 def vjp_programs(equation: Equation) -> tuple[Program, Program]:
-    """The derivative rule of a `custom_vjp` function: forward and backward.
+    """The derivative of a `custom_vjp` function: forward and backward.
 
     Forward goes from the primals to the outputs and the residuals; backward from the
     residuals and the cotangents of the floating point outputs to the cotangents of
@@ -199,7 +199,7 @@ def vjp_programs(equation: Equation) -> tuple[Program, Program]:
 
 
 def differentiable(equation: Equation) -> list[int]:
-    """The inputs of a function with a derivative rule that the rule differentiates."""
+    """The inputs by which a function with a derivative of its own has one."""
     first = equation.params.get("num_consts", 0)
     inputs = enumerate(equation.inputs)
     return [i for i, v in inputs if i >= first and _is_float(v.aval)]
@@ -239,14 +239,14 @@ def _inline(
     for eqn in inner.eqns:
         ins = tuple(map(read, eqn.invars))
         called = _INLINED.get(eqn.primitive.name)
-        sources = (eqn.source_info, *calls)
+        here = (eqn.source_info, *calls)
         if called is not None:
-            outs = _inline(eqn.params[called], ins, equations, sources)
+            outs = _inline(eqn.params[called], ins, equations, here)
         else:
             outs = tuple(Variable(var.aval) for var in eqn.outvars)
-            bodies = tuple(program_of(body, sources) for body in _inner_jaxprs(eqn))
+            bodies = tuple(program_of(body, here) for body in _inner_jaxprs(eqn))
             equations.append(
-                Equation(eqn.primitive, eqn.params, ins, outs, bodies, sources)
+                Equation(eqn.primitive, eqn.params, ins, outs, bodies, here)
             )
         known.update(zip(eqn.outvars, outs, strict=True))
     return tuple(map(read, inner.outvars))
