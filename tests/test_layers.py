@@ -31,9 +31,9 @@ ORDER = [
     "programs.labels",  # what is known about an axis
     "programs.elementwise",  # what ties what, and where zeros stay zeros
     "programs.constants",  # what is known when tracing
-    "programs.moves",  # a rule for each primitive that hands axes on
+    "programs.moves",  # a label rule for each primitive that hands axes on
     "programs.reductions",  # and for each that reduces them
-    "programs.propagation",  # these rules, applied to a whole program
+    "programs.propagation",  # label rules, applied to a whole program
     "programs.analyses",  # the labels of a whole function
     "programs.grouping",  # and the couplings that follow from them
     # prune: masks, and the optimizer that keeps them

@@ -1,7 +1,7 @@
 """Propagation: how each primitive ties the axes of what it reads to what it makes.
 
-A rule may tie axes together, hand them on, or freeze them. A primitive without a rule
-freezes everything it touches, so not knowing one can only lose an opportunity.
+A label rule may tie axes together, hand them on, or freeze them. A primitive without
+one freezes everything it touches, so not knowing it can only lose an opportunity.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ def value_of(flow: Flow, variable: Variable) -> Value:
 def _apply(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     if equation.name in _WITH_BODIES:
         return _WITH_BODIES[equation.name](flow, equation, ins)
-    rule = _RULES.get(equation.name, _unknown)
+    label = _LABEL_RULES.get(equation.name, _unknown)
     is_weight = bool(ins) and all(value.is_weight for value in ins)
     leaf = None
     if equation.name in ELEMENTWISE:
@@ -51,7 +51,7 @@ def _apply(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
         leaf = same[0].leaf if len(same) == 1 else None
     return [
         Value(tuple(axes if is_weight else map(_of_activation, axes)), is_weight, leaf)
-        for axes in rule(flow, equation, ins)
+        for axes in label(flow, equation, ins)
     ]
 
 
@@ -59,7 +59,7 @@ def _of_activation(axis: Axis) -> Axis:
     return Axis(axis.atoms, zeros=axis.zeros) if axis.leaves else axis
 
 
-def _source(flow, equation, ins):
+def _made_whole(flow, equation, ins):
     """What comes from nowhere, random bits or a ramp, is made whole and then cut."""
     flow.freeze(*(axis for value in ins for axis in value.axes))
     return [[flow.fresh(size) for size in v.shape] for v in equation.outputs]
@@ -140,12 +140,12 @@ _WITH_BODIES: dict[str, Callable[[Flow, Equation, list[Value]], list[Value]]] = 
     "custom_vjp_call": _call,
 }
 
-_RULES: dict[str, LabelRule] = {
+_LABEL_RULES: dict[str, LabelRule] = {
     **MOVES,
     **REDUCTIONS,
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     "optimization_barrier": _same,
     "device_put": _same,
-    "iota": _source,
-    "random_bits": _source,
+    "iota": _made_whole,
+    "random_bits": _made_whole,
 }

@@ -19,7 +19,7 @@ from agp_jax.programs.labels import (
 def _reduce(keeps_zero: bool) -> LabelRule:
     """Reduced axes change the result as they shrink: masked zeros count, too."""
 
-    def rule(flow, equation, ins):
+    def label(flow, equation, ins):
         reduced = equation.params["axes"]
         for i in reduced:
             flow.changes(ins[0].axes[i])
@@ -28,7 +28,7 @@ def _reduce(keeps_zero: bool) -> LabelRule:
             rest = [Axis(axis.atoms, axis.leaves) for axis in rest]
         return [rest]
 
-    return rule
+    return label
 
 
 def _arg_reduce(flow, equation, ins):

@@ -93,8 +93,8 @@ def _check_paths(
     for path, leaf in zip(paths, leaves, strict=True):
         if cut.shapes.get(path) != leaf.shape:
             raise ValueError(
-                f"the variables have {path} of shape {leaf.shape}, but the cut was "
-                f"planned for {cut.shapes.get(path, 'variables without it')}; pass the "
+                f"the variables have {path} of shape {leaf.shape}, but the cut is "
+                f"of {cut.shapes.get(path, 'variables without it')}; pass the "
                 f"variables before the cut, with the same paths (see Cut.subtree)"
             )
 

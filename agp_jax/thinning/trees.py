@@ -44,8 +44,8 @@ def thin_leaf(
         return pack(thin_leaf(unpack(leaf), kept, shape, path)) if kept else leaf
     if jnp.shape(leaf) != shape:
         raise ValueError(
-            f"{path} has shape {jnp.shape(leaf)}, but the cut was planned for {shape}; "
-            f"has it been thinned already?"
+            f"{path} has shape {jnp.shape(leaf)}, but the cut is of {shape}; has it "
+            f"been thinned already?"
         )
     return take_kept(leaf, kept)
 
