@@ -4,7 +4,8 @@ Every index along an axis of a value carries an atom. Indices with one atom are 
 together or not at all. A product atom stands for an index of a flattened axis, such as
 entry (head, feature) of a projection: it is removed if either of its factors is.
 
-All operations take and give whole integer arrays of atoms.
+All operations take and give whole integer arrays of atoms. They may freeze more than is
+needed, which loses an opportunity, but never less, which would break a cut.
 """
 
 import numpy as np
@@ -80,9 +81,11 @@ class Atoms:
             is_product = pair[:, 0] >= 0
             if not is_product.any():
                 i += 1
-            elif len(columns) > _MAX_FACTORS:  # it may contain itself
+            elif len(columns) > _MAX_FACTORS:  # some product may contain itself
                 return self._freeze_products(columns)
             else:
+                # In place, left before right: factors keep the order in which axes
+                # were merged, by which two products are compared later.
                 left = np.where(is_product, pair[:, 0], columns[i])
                 right = np.where(is_product, pair[:, 1], FROZEN)
                 columns[i : i + 1] = [self.find(left), self.find(right)]
@@ -94,12 +97,15 @@ class Atoms:
     def product(self, columns: list[np.ndarray]) -> np.ndarray:
         """One atom per row of `columns`, removed if any atom of the row is."""
         result = np.zeros_like(columns[0])
+        # From the right, in pairs: a * (b * c).
         for column in reversed(columns):
             column = self.find(column)
+            # What is frozen never goes, so the other factor alone decides.
             both = (column != FROZEN) & (result != FROZEN)
             combined = np.where(column != FROZEN, column, result)
             if both.any():
                 pairs = np.stack([column[both], result[both]], axis=1)
+                # Equal rows get one atom: they are removed by the same.
                 unique, inverse = np.unique(pairs, axis=0, return_inverse=True)
                 atoms = self.fresh(len(unique))
                 self._factors[atoms] = unique
@@ -112,6 +118,8 @@ class Atoms:
         roots = self._root(np.ravel(atoms))
         roots = roots[~self._frozen[roots]]
         while roots.size:
+            # A product that stays keeps both its factors. Not the other way round: a
+            # product with one frozen factor can still go by the other.
             self._frozen[roots] = True
             self._reason[roots] = reason
             pairs = np.unique(self._factors[roots])
@@ -136,6 +144,7 @@ class Atoms:
             self._freeze_like(a[frozen_b], b[frozen_b], reason)
             free = ~self._frozen[a] & ~self._frozen[b]
             a, b = a[free], b[free]
+            # The older atom stands for both, so that links never make a circle.
             low, high = np.minimum(a, b), np.maximum(a, b)
             # Where a root has several partners, the others' turn is the next round.
             high, place = np.unique(high, return_index=True)
@@ -154,9 +163,10 @@ class Atoms:
         A product tied to a plain atom makes that one a product; two products go
         together if their factors do, one by one.
         """
-        factors = self.factors(products)
+        factors = self.factors(products)  # now, as linking hides them behind `low`
         self._parent[high] = low
         roots = self._root(products)
+        # Looking for factors may have frozen some of these: it finds endless ones.
         free = ~self._frozen[roots] & ~self._frozen[products]
         self.freeze(factors[~free], reason)
         self.freeze(roots[~free], reason)
@@ -165,6 +175,8 @@ class Atoms:
         self._factors[roots[plain]] = self._factors[products[plain]]
         self._factors[products] = -1
         others = self.factors(roots)
+        # Where numbers of factors differ it is not known which of them correspond. One
+        # such row freezes all: axes that are tied mostly have one pattern.
         same = factors.shape == others.shape
         if same and ((factors == FROZEN) == (others == FROZEN)).all():
             self.union(factors, others, reason)
@@ -194,5 +206,5 @@ class Atoms:
             if np.array_equal(above, roots):
                 break
             roots = above
-        self._parent[atoms] = roots
+        self._parent[atoms] = roots  # a shorter way for the next time
         return roots

@@ -92,17 +92,19 @@ def _cluster(slices: Slices, stacks: np.ndarray) -> list[np.ndarray]:
     lengths = np.diff(np.append(starts, len(slices.atom)))
     axes, columns = slices.axis.max() + 1, slices.column.max() + 1
     home = (slices.leaf * axes + slices.axis) * columns + slices.column
-    # A sum of random numbers, one per home, tells atoms with other homes apart.
+    # Atoms have lists of homes of all lengths. A sum of random numbers, one per home,
+    # compares these lists as single integers. Two different ones agree with a chance of
+    # about 2**-63, and the fixed seed makes every run the same.
     draws = np.random.default_rng(0).integers(2**63, size=home.max() + 1)
     signature = np.add.reduceat(draws[home], starts)
-    signature += stacks[slices.atom[starts]]
+    signature += stacks[slices.atom[starts]]  # units of other stacks are other units
     _, kind, counts = np.unique(signature, return_inverse=True, return_counts=True)
     by_kind = np.split(np.argsort(kind, kind="stable"), np.cumsum(counts)[:-1])
     groups = []
     for atoms in by_kind:
         places = starts[atoms][:, None] + np.arange(lengths[atoms[0]])
         first = slices.index[places[:, 0]]
-        if len(atoms) > 1:
+        if len(atoms) > 1:  # of one unit none can go
             groups.append(places[np.argsort(first, kind="stable")])
 
     def first_home(places: np.ndarray) -> tuple[int, ...]:
@@ -218,11 +220,17 @@ def _frozen_slices(
 def _axes_to_keep(
     analysis: Analysis, slices: Slices, clusters: list[np.ndarray]
 ) -> tuple[np.ndarray, ...]:
-    """The axes that could become empty though every group keeps a unit."""
+    """The axes that could become empty though every group keeps a unit.
+
+    An index (head, feature) of a flattened axis goes with its head or its feature. If
+    an axis has only some of these pairs, or only some units of a group, the units that
+    stay may be none of its own. A cut has to look after such axes one by one.
+    """
     flow = analysis.flow
     sizes = np.array([len(places) for places in clusters], int)
     groups = np.repeat(np.arange(len(sizes)), sizes)
     units = np.concatenate([np.arange(size) for size in [0, *sizes]])
+    # All units of all groups are counted through, so those of a group lie together.
     numbers = np.full(flow.atoms.size, -1)
     atoms = [slices.atom[places[:, 0]] for places in clusters]
     numbers[np.concatenate([np.zeros(0, int), *atoms])] = np.arange(len(groups))
@@ -262,11 +270,13 @@ def _may_become_empty(
     rows, count = np.zeros(len(factors), np.int64), 1
     for column in factors.T:
         present, inverse = np.unique(column, return_inverse=True)
+        # A column that lacks units of its group, or mixes groups, can lose all that it
+        # has. Numbers are sorted: first and last show whether all are of one group.
         group = groups[present[0]]
         is_whole = present[0] >= 0 and groups[present[-1]] == group
         if not is_whole or len(present) != sizes[group]:
             return True
         rows = rows * len(present) + inverse.reshape(-1)
         count *= len(present)
-    # All combinations of all units: as long as each group keeps one, one stays.
+    # With every combination of units on it, one stays as long as each group keeps one.
     return len(factors) < count or len(np.unique(rows)) != count

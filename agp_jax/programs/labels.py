@@ -194,6 +194,7 @@ def merge(flow: Flow, axes: Sequence[Axis]) -> Axis:
         np.broadcast_to(_along(axis.atoms, i, len(axes)), shape).ravel()
         for i, axis in enumerate(axes)
     ]
+    # A product goes if any of its factors does, so each of these must prove its zeros.
     shrinking = [axis for axis in axes if flow.atoms.find(axis.atoms).any()]
     atoms = flow.atoms.product(columns)
     return Axis(atoms, continued(axes), all_zeros(shrinking))
@@ -208,6 +209,8 @@ def split(flow: Flow, axis: Axis, sizes: Shape) -> list[Axis]:
     """
     if len(sizes) == 1:
         return [axis]
+    # Factors are looked at one by one: of a flattened (head, feature) that was merged
+    # with more, the head may be taken out alone.
     found: list[list[np.ndarray]] = [[] for _ in sizes]
     for factor in flow.atoms.factors(axis.atoms).T:
         grid = factor.reshape(sizes)
@@ -217,6 +220,8 @@ def split(flow: Flow, axis: Axis, sizes: Shape) -> list[Axis]:
                 found[i].append(line.copy())
                 break
         else:
+            # This factor varies along several new axes, as where 6 channels that each
+            # are an atom become 2 x 3: a row or a column goes whole or not at all.
             parts = [
                 dataclasses.replace(axis, atoms=flow.fresh(size).atoms)
                 for size in sizes
