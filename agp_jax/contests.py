@@ -4,6 +4,7 @@ A contest is a set of cells that are ranked together: those of a tensor, of one 
 a tensor with stacked axes, or of all tensors of a rule.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from agp_jax.bits import INFINITY
 from agp_jax.cells import Leaf, weight_keys
 from agp_jax.rules import Rule
-from agp_jax.schedules import Schedule
+from agp_jax.schedules import Schedule, in_parts
 from agp_jax.selection import Entrant, keep_largest
 from agp_jax.shardings import neighbours
 
@@ -105,20 +106,39 @@ def _num_removed(
 ) -> jax.Array:
     """int32: how many of `sizes` cells are to be gone at `step`.
 
-    The counts are floor(s * n) in float64, which no device needs to have: the levels
+    The counts are floor(s * n) of the exact level, but one less than all. The levels
     are known beforehand, so there is one row of integers for each.
     """
     sizes, column = np.unique(sizes, return_inverse=True)  # many slices, few sizes
-    exact = schedule.levels()[:, None] * sizes[None]
-    counts = np.minimum(np.floor(exact), sizes - 1)
+    counts = np.minimum(_exact_floors(schedule, sizes), sizes - 1)
     table = jnp.asarray(counts.astype(np.int32))
     return table[schedule.num_events_until(step)][column]
+
+
+def _exact_floors(schedule: Schedule, sizes: np.ndarray) -> np.ndarray:
+    """int64 (levels, sizes): floor(s * n), exact for n below 2**31.
+
+    In float64 such a product is off by less than 1e-6, so its floor is wrong only
+    where it lies that close to a whole number. There integers decide.
+    """
+    products = schedule.levels()[:, None] * sizes[None]
+    floors = np.floor(products).astype(np.int64)
+    close = np.abs(products - np.rint(products)) < 1e-6
+    for i in np.flatnonzero(close.any(axis=1)):
+        above, below = schedule.exact_level(int(i)).as_integer_ratio()
+        counts = [above * n // below for n in sizes[close[i]].tolist()]
+        floors[i, close[i]] = counts
+    return floors
 
 
 def _num_removed_of_m(schedule: Schedule, m: int, step: int | jax.Array) -> jax.Array:
     """int32 scalar: how many of each m are to be gone at `step`.
 
-    1 - n / m times m may be a rounding error below m - n, which must not cost one.
+    The ends of a schedule that are meant as k / m may be no decimals, as 2 / 3.
     """
-    counts = np.floor(np.round(schedule.levels() * m, 9)).astype(np.int32)
-    return jnp.asarray(counts)[schedule.num_events_until(step)]
+    exact = dataclasses.replace(
+        schedule,
+        initial_sparsity=in_parts(schedule.initial_sparsity, m),
+        final_sparsity=in_parts(schedule.final_sparsity, m),
+    )
+    return _num_removed(exact, np.array([m]), step)[0]

@@ -7,11 +7,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 
-from agp_jax.schedules import Schedule
+from agp_jax.schedules import Schedule, in_parts
 from agp_jax.structures import Structure, num_cells
 from agp_jax.trees import PyTree, flatten_with_paths
 
@@ -90,9 +91,10 @@ class Rule:
                 f"{self}: {self.structure} ranks within groups of {m}, so "
                 f"scope must be 'tensor'"
             )
-        if self.schedule and abs(self.schedule.final_sparsity - (1 - n / m)) > 1e-9:
+        end = 1 - Fraction(n, m)
+        if self.schedule and in_parts(self.schedule.final_sparsity, m) != end:
             raise ValueError(
-                f"{self}: {self.structure} ends at a sparsity of {1 - n / m}, but the "
+                f"{self}: {self.structure} ends at a sparsity of {float(end)}, but the "
                 f"schedule's final_sparsity is {self.schedule.final_sparsity}"
             )
 

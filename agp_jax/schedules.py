@@ -2,13 +2,21 @@
 
 import dataclasses
 import math
+import numbers
 import operator
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 _MAX_STEP = 2**31 - 1
+_MAX_EXACT_POWER = 64  # the integers of exact levels grow with the power
+_PLACES = 10**12  # levels of other powers are rounded to multiples of its inverse
+_NEAR = Fraction(1, 10**9)  # a float this close to k / m was meant as that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +30,12 @@ class Schedule:
 
         s_f + (s_i - s_f) * (1 - j / n) ** power
 
-    computed in float64. The last event sets `final_sparsity` exactly, whether or not
-    the frequency divides the span; before the first nothing is pruned.
+    The first event sets `initial_sparsity` and the last `final_sparsity` exactly,
+    whether or not the frequency divides the span; before the first nothing is pruned.
+
+    Levels are fractions: a float is the decimal that it prints as, so 0.1 means 1/10,
+    and a `Fraction` is itself. Between the ends they are exact for whole powers up to
+    64, and of other powers float64 rounded to 12 decimal places.
 
     Calling it with a step (an int or a traced integer array) gives the float32
     sparsity that holds at that step.
@@ -34,11 +46,11 @@ class Schedule:
         or a frequency longer than the span.
     """
 
-    final_sparsity: float
+    final_sparsity: float | Fraction
     begin_step: int
     end_step: int
     frequency: int = 1
-    initial_sparsity: float = 0.0
+    initial_sparsity: float | Fraction = 0.0
     power: float = 3.0
 
     def __post_init__(self):
@@ -53,12 +65,14 @@ class Schedule:
             object.__setattr__(self, name, value)
         for name in ("initial_sparsity", "final_sparsity", "power"):
             try:
-                value = float(getattr(self, name))
-            except (TypeError, ValueError):
+                value = _as_written(getattr(self, name))
+            except (TypeError, ValueError, OverflowError):
                 raise ValueError(
                     f"{name} must be a number, got {getattr(self, name)!r}"
                 ) from None
-            if name != "power" and not 0.0 <= value < 1.0:
+            if name == "power":
+                value = float(value)
+            elif not 0 <= value < 1:
                 raise ValueError(
                     f"{name} must be a fraction in [0, 1), got {value}; a sparsity of "
                     f"80 % is 0.8"
@@ -90,19 +104,49 @@ class Schedule:
     def events(self) -> tuple[np.ndarray, np.ndarray]:
         """The steps (int64) and the sparsities (float64) of all events, in order."""
         j = np.arange(self.num_events)
-        return self.begin_step + j * self.frequency, self._sparsities_of(j)
+        return self.begin_step + j * self.frequency, self.levels()[1:]
 
     def levels(self) -> np.ndarray:
         """The float64 sparsity after 0, 1, 2, ... events; 0 after none."""
-        return np.concatenate([[0.0], self.events()[1]])
+        quotients = self._quotients(range(self.num_events))
+        return np.array([0.0, *(above / below for above, below in quotients)])
 
-    def _sparsities_of(self, j: np.ndarray) -> np.ndarray:
-        """The float64 sparsities of the events number `j`."""
-        if self.num_events == 1:
-            return np.full(len(j), self.final_sparsity)
-        rest = 1.0 - j / (self.num_events - 1)
-        drop = (self.initial_sparsity - self.final_sparsity) * rest**self.power
-        return self.final_sparsity + drop
+    def exact_level(self, num_events: int) -> Fraction:
+        """The sparsity after so many events, to which `levels()` is the nearest.
+
+        >>> one_shot(0.1).exact_level(1)
+        Fraction(1, 10)
+        """
+        if num_events == 0:
+            return Fraction(0)
+        (quotient,) = self._quotients([num_events - 1])
+        return Fraction(*quotient)
+
+    def _quotients(self, j: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """The sparsities of the events number `j`, exact: two integers for each.
+
+        These are not in lowest terms, so that thousands of them take milliseconds.
+        """
+        low, high = _exact(self.initial_sparsity), _exact(self.final_sparsity)
+        unit = math.lcm(low.denominator, high.denominator, _PLACES)
+        first, final = int(low * unit), int(high * unit)
+        last = self.num_events - 1
+        span = max(last, 1)  # a single event is the last
+        if self.power.is_integer() and self.power <= _MAX_EXACT_POWER:
+            power = int(self.power)
+            scale = span**power
+            for k in j:
+                drop = (final - first) * (last - k) ** power
+                yield final * scale - drop, unit * scale
+            return
+        top, rise = float(high), float(high - low)
+        for k in j:
+            rest = (last - k) / span
+            level = final - (final - first) * int(rest)  # of the ends
+            if 0 < rest < 1:
+                level = round((top - rise * rest**self.power) * _PLACES)
+                level = min(max(level * (unit // _PLACES), first), final)
+            yield level, unit
 
     def num_events_until(self, step: int | jax.Array) -> int | jax.Array:
         """How many events lie at or before `step`: an int for an int, else traced."""
@@ -115,8 +159,7 @@ class Schedule:
 
     def sparsity_at(self, step: int) -> float:
         """The float64 sparsity that holds at `step`, 0 before the first event."""
-        passed = self.num_events_until(step)
-        return float(self._sparsities_of(np.array([passed - 1]))[0]) if passed else 0.0
+        return float(self.exact_level(int(self.num_events_until(step))))
 
     def is_event(self, step: int | jax.Array) -> bool | jax.Array:
         """Whether the sparsity is set anew at `step`: jit-safe."""
@@ -125,25 +168,52 @@ class Schedule:
         return (since >= 0) & (since <= last) & (since % self.frequency == 0)
 
     def __call__(self, step: int | jax.Array) -> jax.Array:
-        levels = jnp.asarray(self.levels().astype(np.float32))
-        return levels[self.num_events_until(step)]
+        passed = self.num_events_until(step)
+        if isinstance(passed, int):
+            return jnp.float32(self.exact_level(passed))
+        return jnp.asarray(self.levels().astype(np.float32))[passed]
 
     def __str__(self) -> str:
         if self.num_events == 1:
-            return f"sparsity {self.final_sparsity:.4g} from step {self.begin_step} on"
+            level = float(self.final_sparsity)
+            return f"sparsity {level:.4g} from step {self.begin_step} on"
         last = self.num_events - 1
         shown = sorted({0, *(self.num_events * k // 5 for k in range(1, 5)), last})
         curve = ", ".join(
-            f"{level:.4g} at {self.begin_step + j * self.frequency}"
-            for j, level in zip(
-                shown, self._sparsities_of(np.array(shown)), strict=True
-            )
+            f"{above / below:.4g} at {self.begin_step + j * self.frequency}"
+            for j, (above, below) in zip(shown, self._quotients(shown), strict=True)
         )
         return (
             f"{self.num_events} events from step {self.begin_step} to "
             f"{self.begin_step + last * self.frequency}, every {self.frequency}: "
             f"sparsity {curve}"
         )
+
+
+def _as_written(number: Any) -> float | Fraction:
+    """The float that prints as `number` does; a `Fraction` where none does, as of 1/3.
+
+    Narrow types print what was written, too: 0.1 in float32 is 0.1, whatever its bits.
+    """
+    exact_types = numbers.Rational | Decimal
+    written = Fraction(number if isinstance(number, exact_types) else str(number))
+    nearest = float(written)
+    return nearest if _exact(nearest) == written else written
+
+
+def _exact(number: float | Fraction) -> Fraction:
+    """The decimal that a float prints as: the shortest of those that it stands for."""
+    return number if isinstance(number, Fraction) else Fraction(repr(number))
+
+
+def in_parts(sparsity: float | Fraction, m: int) -> float | Fraction:
+    """k / m where a float that no decimal is, as 2 / 3, comes close; else `sparsity`.
+
+    >>> in_parts(2 / 3, 3)
+    Fraction(2, 3)
+    """
+    nearest = Fraction(round(_exact(sparsity) * m), m)
+    return nearest if abs(nearest - _exact(sparsity)) <= _NEAR else sparsity
 
 
 def _as_step(step: int | jax.Array) -> int | jax.Array:
@@ -158,12 +228,12 @@ def _as_step(step: int | jax.Array) -> int | jax.Array:
 
 
 def polynomial_schedule(
-    final_sparsity: float,
+    final_sparsity: float | Fraction,
     *,
     begin_step: int,
     end_step: int,
     frequency: int = 1,
-    initial_sparsity: float = 0.0,
+    initial_sparsity: float | Fraction = 0.0,
     power: float = 3.0,
 ) -> Schedule:
     """The schedule of Automated Gradual Pruning (arXiv:1710.01878, eq. 1).
@@ -182,7 +252,7 @@ def polynomial_schedule(
     )
 
 
-def one_shot(sparsity: float, *, step: int = 0) -> Schedule:
+def one_shot(sparsity: float | Fraction, *, step: int = 0) -> Schedule:
     """Prunes once, at `step`.
 
     >>> print(one_shot(0.5, step=100))

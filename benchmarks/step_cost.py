@@ -117,7 +117,7 @@ def _time_optimizer_step(
         steps[variant] = _build(programs.make_step(tx), params, state, gradients)
     params = steps["pruned"].params
     masks = {k: (params[k] != 0).astype(jnp.uint8) for k in networks.kernels(shapes)}
-    sorting = peer.make_step(inner, _EVENT, _SCHEDULE.final_sparsity)
+    sorting = peer.make_step(inner, _EVENT, float(_SCHEDULE.final_sparsity))
     steps["peer"] = _build(sorting, params, peer.init(inner, params, masks), gradients)
     seconds = measurements.in_turn(
         {variant: _time_steps(step) for variant, step in steps.items()}

@@ -1,5 +1,8 @@
 """Masks as a stable sort of scores has them, one contest at a time, in NumPy."""
 
+import math
+from fractions import Fraction
+
 import jax
 import numpy as np
 import optax
@@ -15,13 +18,14 @@ CURVE = agp.polynomial_schedule(
 
 
 def level_at(schedule, step):
-    """The sparsity at `step` by the paper's formula, in float64."""
+    """The sparsity at `step` by the paper's formula, exact."""
     n = (schedule.end_step - schedule.begin_step) // schedule.frequency
     j = min((step - schedule.begin_step) // schedule.frequency, n)
     if j < 0:
-        return 0.0
-    rest = (1 - j / n) ** schedule.power if n else 0.0
-    s_i, s_f = schedule.initial_sparsity, schedule.final_sparsity
+        return Fraction(0)
+    rest = (1 - Fraction(j, n)) ** int(schedule.power) if n else 0
+    s_i = Fraction(str(schedule.initial_sparsity))
+    s_f = Fraction(str(schedule.final_sparsity))
     return s_f + (s_i - s_f) * rest
 
 
@@ -62,7 +66,7 @@ def rank_elements(scores, num_removed, mask=None):
 
 
 def removed(schedule, step, count):
-    return min(int(level_at(schedule, step) * count), count - 1)
+    return min(math.floor(level_at(schedule, step) * count), count - 1)
 
 
 def rule(pattern=".*", structure=None, schedule=LINE, **options):

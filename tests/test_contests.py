@@ -2,7 +2,10 @@
 
 import functools
 import math
+from fractions import Fraction
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from mask_oracle import (
     LINE,
     TENSOR,
     elements,
+    level_at,
     masker,
     normal,
     rank,
@@ -23,7 +27,7 @@ from mask_oracle import (
 )
 
 import agp_jax as agp
-from agp_jax.contests import _num_removed
+from agp_jax.contests import _exact_floors, _num_removed, _num_removed_of_m
 
 # Counts
 
@@ -50,7 +54,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("final", [0.7, 0.8, 0.9, 0.29, 0.995, 1 - 2**-53, 0.0])
-def test_the_counts_are_pythons_floor_for_any_size(final):
+def test_the_counts_are_exact_floors_for_any_size(final):
     schedule = agp.polynomial_schedule(
         final, begin_step=0, end_step=20, initial_sparsity=min(0.05, final)
     )
@@ -66,10 +70,76 @@ def test_the_counts_are_pythons_floor_for_any_size(final):
         *[(0.7, 10, 7), (0.8, 2_359_296, 1_887_436), (0.5, 2**27, 2**26)],
         *[(0.9, 4096 * 11008, 4096 * 11008 - 4_508_877), (0.999, 3, 2)],
         *[(0.9999999999999999, 2**31 - 1, 2**31 - 2), (0.99, 1, 0)],
+        # In binary fractions the first two products lack a last bit.
+        *[(0.29, 100, 29), (0.57, 100, 57), (0.1, 330, 33), (Fraction(1, 3), 12, 4)],
     ],
 )
 def test_known_counts(final, count, lost):
     assert _num_removed(agp.one_shot(final), np.array([count]), 0).tolist() == [lost]
+
+
+def test_the_first_event_takes_what_was_written():
+    schedule = agp.polynomial_schedule(
+        0.8, begin_step=0, end_step=10, initial_sparsity=0.1
+    )
+    assert 0.8 + (0.1 - 0.8) < 0.1  # so float64 would take 32
+    assert _num_removed(schedule, np.array([330]), 0).tolist() == [33]
+    params = {"a": normal(0, (10, 11)), "b": normal(1, (20, 11))}
+    masks = masker(rule(schedule=schedule, scope="rule"))(params, 0)
+    assert sum(int(mask.sum()) for mask in masks.values()) == 330 - 33
+
+
+DECIMALS = st.integers(1, 6).flatmap(
+    lambda digits: st.integers(0, 10**digits - 1).map(lambda x: x / 10**digits)
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    st.tuples(DECIMALS, DECIMALS).map(sorted),
+    st.integers(1, 4),
+    st.integers(1, 60) | st.sampled_from([100, 225, 1000]),
+    st.lists(
+        st.integers(1, 10**7) | st.integers(1, 10**7 // 360).map(lambda x: x * 360),
+        min_size=1,
+        max_size=8,
+    ),
+)
+def test_counts_are_those_of_the_decimals_written(ends, power, span, sizes):
+    schedule = agp.polynomial_schedule(
+        ends[1], begin_step=0, end_step=span, initial_sparsity=ends[0], power=power
+    )
+    floors = _exact_floors(schedule, np.array(sizes))
+    assert floors[0].tolist() == [0] * len(sizes)
+    for step, counts in enumerate(floors[1:]):
+        level = level_at(schedule, step)
+        assert counts.tolist() == [math.floor(level * n) for n in sizes]
+
+
+@pytest.mark.parametrize("power", [1, 3, 2.5])
+def test_thousands_of_events_and_many_sizes_are_counted_exactly(power):
+    schedule = agp.polynomial_schedule(
+        0.8, begin_step=0, end_step=2000, initial_sparsity=0.05, power=power
+    )
+    sizes = np.random.default_rng(0).integers(1, 2**31, 100)
+    table = jax.jit(jax.vmap(lambda step: _num_removed(schedule, sizes, step)))
+    expected = [
+        [level.numerator * n // level.denominator for n in sizes.tolist()]
+        for level in map(schedule.exact_level, range(1, 2002))
+    ]
+    np.testing.assert_array_equal(table(jnp.arange(2001)), expected)
+
+
+@pytest.mark.parametrize("m", range(1, 13))
+def test_groups_lose_whole_parts_that_no_decimals_are(m):
+    for n in range(1, m + 1):
+        for final in (1 - n / m, (m - n) / m, Fraction(m - n, m)):
+            assert _num_removed_of_m(agp.one_shot(final), m, 0) == m - n
+            rising = agp.polynomial_schedule(
+                final, begin_step=0, end_step=2, initial_sparsity=(m - n) // 2 / m
+            )
+            assert _num_removed_of_m(rising, m, 0) == (m - n) // 2
+            assert _num_removed_of_m(rising, m, 2) == m - n
 
 
 def test_a_long_schedule_over_many_slices_makes_no_large_program():

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from decimal import Decimal
 from fractions import Fraction
 
 import hypothesis
@@ -78,6 +79,58 @@ def test_levels_are_exact_to_the_last_bits_of_float64(s_i, s_f, n, power):
     for j, level in enumerate(schedule.events()[1]):
         exact = high + (low - high) * (1 - Fraction(j, n)) ** power
         assert abs(Fraction(float(level)) - exact) < Fraction(1, 10**15)
+
+
+DECIMALS = st.integers(1, 6).flatmap(
+    lambda digits: st.integers(0, 10**digits - 1).map(lambda x: x / 10**digits)
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    st.tuples(DECIMALS, DECIMALS).map(sorted), st.integers(1, 4), st.integers(1, 200)
+)
+def test_levels_are_those_of_the_decimals_written(ends, power, n):
+    schedule = agp.polynomial_schedule(
+        ends[1], begin_step=0, end_step=n, initial_sparsity=ends[0], power=power
+    )
+    low, high = (Fraction(str(x)) for x in ends)
+    exact = [high + (low - high) * (1 - Fraction(j, n)) ** power for j in range(n + 1)]
+    assert [schedule.exact_level(j) for j in range(n + 2)] == [0, *exact]
+    assert schedule.events()[1].tolist() == [float(level) for level in exact]
+
+
+@pytest.mark.parametrize("power", [0.3, 2.5, 65, 1e9])
+def test_levels_of_other_powers_are_rounded_between_ends_that_are_exact(power):
+    low, high = Fraction(1, 3), Fraction("0.80000000000000001")
+    schedule = agp.polynomial_schedule(
+        high, begin_step=0, end_step=50, initial_sparsity=low, power=power
+    )
+    first, *between, last = [schedule.exact_level(j) for j in range(1, 52)]
+    assert (first, last) == (low, high)
+    for j, level in enumerate(between, start=1):
+        exact = float(high) + float(low - high) * (1 - j / 50) ** power
+        assert level == min(Fraction(round(exact * 10**12), 10**12), high)
+
+
+WRITTEN = [0.1, "0.1", Decimal("0.10"), Fraction(1, 10), np.float64(0.1)]
+WRITTEN += [np.float32(0.1), np.float16(0.1), np.array(0.1), jnp.float32(0.1)]
+
+
+@pytest.mark.parametrize("number", WRITTEN, ids=repr)
+def test_a_tenth_is_a_tenth_in_any_type(number):
+    assert agp.one_shot(number) == agp.one_shot(0.1)
+    assert type(agp.one_shot(number).final_sparsity) is float
+    assert agp.one_shot(number).exact_level(1) == Fraction(1, 10)
+
+
+def test_a_third_can_be_written_as_a_fraction():
+    third = agp.one_shot(Fraction(1, 3))
+    assert third.exact_level(1) == Fraction(1, 3)
+    assert third.events()[1].tolist() == [1 / 3]
+    assert third != agp.one_shot(1 / 3)
+    assert agp.one_shot(1 / 3).exact_level(1) == Fraction("0.3333333333333333")
+    assert str(third) == "sparsity 0.3333 from step 0 on"
 
 
 # Recipes of Intel Distiller's agp-pruning examples: first epoch, exclusive last epoch,
@@ -178,8 +231,8 @@ def test_every_schedule_lands_on_its_final_sparsity(schedule):
     assert steps[0] == schedule.begin_step
     assert schedule.end_step - schedule.frequency < steps[-1] <= schedule.end_step
     assert (np.diff(steps) == schedule.frequency).all()
-    assert (np.diff(levels) >= -1e-15).all()
-    assert abs(levels[0] - schedule.initial_sparsity) <= 1e-15
+    assert (np.diff(levels) >= 0).all()
+    assert levels[0] == schedule.initial_sparsity
     assert (levels >= 0).all() and (levels <= schedule.final_sparsity).all()
     last = int(steps[-1])
     assert schedule.sparsity_at(last) == schedule.final_sparsity
@@ -291,6 +344,8 @@ def test_one_shot_prunes_once_and_holds():
         (dict(frequency=101), "101"),
         *((dict(power=p), str(p)) for p in (0, -1.0, math.nan, math.inf)),
         (dict(final_sparsity="most"), "most"),
+        (dict(final_sparsity=Decimal("Infinity")), "Infinity"),
+        (dict(final_sparsity=Fraction(1)), "1"),
         (dict(final_sparsity=None), "None"),
         (dict(initial_sparsity=None), "None"),
         (dict(power="three"), "three"),

@@ -361,7 +361,7 @@ def to_dict(value: Any) -> Any:
             score = fields.pop("score")
             return to_dict(fields) | {"score": getattr(score, "__name__", str(score))}
         case Schedule():
-            return dataclasses.asdict(value)
+            return to_dict(dataclasses.asdict(value))
         case dict():
             return {str(key): to_dict(item) for key, item in value.items()}
         case list() | tuple():
