@@ -1,8 +1,8 @@
-"""Boxes: reductions over the cells of a tensor, the same bits on any mesh."""
+"""Boxes: reductions over cells, or all of a tensor, the same bits on any mesh."""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,24 @@ def fill_boxes(cells: jax.Array, box: Shape) -> jax.Array:
             cells = jnp.broadcast_to(jnp.expand_dims(cells, axis + 1), grown)
             cells = cells.reshape(*shape[:axis], -1, *shape[axis + 1 :])
     return cells
+
+
+def count_nonzero(arrays: Sequence[jax.Array]) -> list[int]:
+    """How many entries of each array are not zero, or True.
+
+    Exact for any size: every array is summed where it lies, in int64 wherever the rest
+    of the program computes in 32 bits. Arrays of the same shapes compile once.
+
+    >>> count_nonzero([jnp.eye(3), jnp.array([True, False])])
+    [3, 1]
+    """
+    with jax.enable_x64(True):
+        return [int(count) for count in jax.device_get(_count_nonzero([*arrays]))]
+
+
+@jax.jit
+def _count_nonzero(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(x != 0, dtype=jnp.int64) for x in arrays]
 
 
 def _fold_boxes(values: jax.Array, box: Shape) -> tuple[list[jax.Array], Shape]:

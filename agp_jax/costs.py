@@ -5,6 +5,7 @@ any model can be measured, also an abstract one that nobody could hold in memory
 """
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from agp_jax.boxes import count_nonzero
 from agp_jax.programs.jaxprs import (
     Equation,
     Program,
@@ -396,23 +398,11 @@ def _is(leaf: Any, kind: Any) -> bool:
 
 def _count_nonzeros(leaves: Sequence[Any]) -> list[int | None]:
     """The non-zeros of each leaf; None for abstract ones and those without numbers."""
-    counted = [
-        None
-        if isinstance(leaf, jax.ShapeDtypeStruct) or not _is(leaf, jnp.number)
-        else leaf
-        for leaf in leaves
+    known = [
+        _is(x, jnp.number) and not isinstance(x, jax.ShapeDtypeStruct) for x in leaves
     ]
-    rows = jax.device_get(_nonzeros_by_row(counted))
-    return [None if x is None else int(np.sum(x, dtype=np.int64)) for x in rows]
-
-
-@jax.jit
-def _nonzeros_by_row(leaves: list[jax.Array | None]) -> list[jax.Array | None]:
-    """By rows because a whole leaf may have more than an int32 counts."""
-    return [
-        None if x is None else jnp.count_nonzero(x, axis=tuple(range(1, jnp.ndim(x))))
-        for x in leaves
-    ]
+    counts = iter(count_nonzero([*itertools.compress(leaves, known)]))
+    return [next(counts) if is_known else None for is_known in known]
 
 
 def _sum_known(leaves: Sequence[LeafCost]) -> int | None:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from agp_jax.boxes import count_nonzero
 from agp_jax.cells import Leaf, enter, mask_of_cells
 from agp_jax.contests import hold_contests, keep_n_of_m
 from agp_jax.couplings import Couplings, Group
@@ -227,9 +227,7 @@ def sparsity(masks: PyTree) -> dict[str, float]:
                 f"expected bool masks, got {mask.dtype} at {path}: pass "
                 f"get_masks(opt_state)"
             )
-    # Counted along one axis on the devices and then here: a sum may exceed an int32.
-    counts = [jnp.sum(jnp.atleast_1d(mask), axis=-1) for mask in leaves]
-    kept = [int(np.sum(x, dtype=np.int64)) for x in jax.device_get(counts)]
+    kept = count_nonzero(leaves)
     sizes = [mask.size for mask in leaves]
     result = {
         path: 1.0 - count / size if size else 0.0

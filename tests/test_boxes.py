@@ -1,4 +1,5 @@
-"""Boxes summed and filled against plain loops, in any order and at any scale."""
+"""Boxes summed and filled against plain loops, in any order and at any scale; counts of
+what is not zero, of any size and on any mesh."""
 
 import functools
 
@@ -7,8 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from box_cases import BOXES, boxes, whole_numbers
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from agp_jax.boxes import any_in_boxes, fill_boxes, sum_boxes
+from agp_jax.boxes import (
+    _count_nonzero,
+    any_in_boxes,
+    count_nonzero,
+    fill_boxes,
+    sum_boxes,
+)
 from agp_jax.structures import grid_shape
 
 
@@ -80,3 +88,55 @@ def test_a_sum_that_is_not_finite_spoils_no_other():
         spoiled = np.arange(3) == 1, np.arange(6) == 3
         fine = ~(spoiled[0][:, None] & spoiled[1])[:, None]
         np.testing.assert_array_equal(sums[fine], expected[fine])
+
+
+# Counts
+
+COUNTED_SHAPES = [(), (0, 3), (1,), (7,), (3, 5), (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.int8, jnp.bfloat16, jnp.float32])
+def test_what_is_not_zero_is_counted(dtype):
+    rng = np.random.default_rng(0)
+    arrays = [
+        jnp.asarray(rng.integers(-1, 2, shape), dtype) for shape in COUNTED_SHAPES
+    ]
+    counts = count_nonzero(arrays)
+    assert counts == [np.count_nonzero(x) for x in arrays]
+    assert {type(count) for count in counts} == {int}
+
+
+def test_negative_zeros_are_zeros_and_nans_are_not():
+    assert count_nonzero([jnp.array([-0.0, np.nan, np.inf, 1e-30])]) == [3]
+
+
+@pytest.mark.parametrize("shape", [(2**31 + 8,), (1, 2**31 + 8), (2**16, 2**16, 3)])
+def test_no_partial_sum_is_in_32_bits(shape):
+    """On such an array it takes a minute, so the program is read instead."""
+    with jax.enable_x64(True):
+        array = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        traced = jax.make_jaxpr(_count_nonzero)([array])
+        (inner,) = [x.params["jaxpr"] for x in traced.eqns]
+        made = {x.primitive.name: x.outvars[0].aval for x in inner.eqns}
+    assert traced.out_avals[0].dtype == made["reduce_sum"].dtype == jnp.int64
+    assert made["convert_element_type"].dtype == jnp.int64
+    assert made["convert_element_type"].shape == shape
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_divided_arrays_are_counted_where_they_lie(kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (kind, kind))
+    whole = np.random.default_rng(0).integers(0, 2, (8, 6)).astype(np.float32)
+    array = jax.device_put(whole, NamedSharding(mesh, PartitionSpec("x", "y")))
+    assert count_nonzero([array]) == [np.count_nonzero(whole)]
+    with jax.enable_x64(True):
+        program = _count_nonzero.lower([array]).compile().as_text()
+    assert "all-reduce" in program and "all-gather" not in program
+
+
+def test_arrays_of_the_same_shapes_compile_once():
+    arrays = [jnp.ones((4, 4)), jnp.ones(3, bool)]
+    count_nonzero(arrays)
+    before = _count_nonzero._cache_size()
+    assert count_nonzero([2 * arrays[0], ~arrays[1]]) == [16, 0]
+    assert _count_nonzero._cache_size() == before

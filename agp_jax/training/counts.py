@@ -4,9 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
+from agp_jax.boxes import count_nonzero
 from agp_jax.rules import Rule
 from agp_jax.trees import PyTree, flatten_with_paths
 
@@ -56,7 +54,7 @@ def count_weights(
         TensorCount(
             path,
             before.shape,
-            int(count),
+            count,
             rule.schedule.sparsity_at(step) if rule else None,
             _target_of(rule, coupled, is_cut=leaf.shape != before.shape),
         )
@@ -65,7 +63,7 @@ def count_weights(
             leaves,
             whole,
             rules,
-            jax.device_get(_count_nonzero(leaves)),
+            count_nonzero(leaves),
             strict=True,
         )
         if before.ndim > 1
@@ -78,11 +76,6 @@ def _target_of(rule: Rule | None, coupled: bool, *, is_cut: bool) -> Any:
     if rule.prunes_units and (coupled or is_cut):
         return "units"
     return "rest" if is_cut and rule.scope == "tensor" else rule.scope
-
-
-@jax.jit
-def _count_nonzero(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in leaves]
 
 
 def total_sparsity(counts: Sequence[TensorCount]) -> float:
