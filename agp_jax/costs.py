@@ -51,7 +51,7 @@ class LeafCost:
       shape: its shape.
       nonzero: how many of its numbers are not zero; None where only shapes are known.
       macs: the multiply-adds of the convolutions and products of which it is the
-        kernel; None if it never is one.
+        kernel; 0 for a table that rows are only looked up in; None for what is neither.
     """
 
     path: str
@@ -65,7 +65,7 @@ class LeafCost:
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is the kernel of a convolution or a matrix product."""
+        """Whether it is the kernel of a convolution or product, or a table of rows."""
         return self.macs is not None
 
 
@@ -96,7 +96,7 @@ class Cost:
 
     @property
     def weights(self) -> tuple[LeafCost, ...]:
-        """The convolution and dense kernels alone, which published tables count."""
+        """Kernels and tables alone, which published results count: no bias, no norm."""
         return tuple(leaf for leaf in self.leaves if leaf.is_weight)
 
     @property
@@ -124,7 +124,7 @@ class Cost:
         )
 
     def table(self) -> str:
-        """A line per convolution or dense kernel, one for all else, and the sums."""
+        """A line per kernel or table of rows, one for all else, and the sums."""
         rest = [leaf for leaf in self.leaves if not leaf.is_weight]
         num_rest = sum(leaf.params for leaf in rest)
         rows = [
@@ -140,7 +140,7 @@ class Cost:
                 for x in self.weights
             ),
             (
-                "conv and dense",
+                "weights",
                 "",
                 _grouped(self.weight_params),
                 _grouped(self.nonzero_weights),
@@ -180,6 +180,13 @@ def measure_cost(fn: Callable[..., Any], variables: PyTree, *inputs: Any) -> Cos
     convolution the zeros between the inputs are not multiplied: it counts its input
     positions times the kernel. Loops count every iteration, and a conditional its
     dearest branch.
+
+    A leaf is a weight if it is the kernel of a convolution or product, or a table of
+    which whole rows are picked by what depends on the inputs, as tokens pick rows of
+    an embedding. A lookup multiplies nothing: a table has 0 MACs, or those of the
+    product that it is the kernel of, too. What several rows are sliced from, what is
+    picked at places known when tracing, as positions are, or number by number is no
+    table.
 
     >>> def dense(variables, x):
     ...     return x @ variables["kernel"] + variables["bias"]
@@ -235,6 +242,8 @@ def _count_equation(
     equation: Equation, origins: Sequence[_Origin], notes: dict[str, None]
 ) -> tuple[_Macs, Sequence[_Origin]]:
     name = equation.name
+    if name in _PICKS and None in origins[1:] and _picks_rows(equation):
+        return Counter({leaf.number: 0 for leaf in origins[0] or ()}), [None]
     if name in _PRODUCTS:
         lhs, rhs = equation.inputs[:2]
         (out,) = equation.outputs
@@ -267,6 +276,16 @@ def _attribute(macs: int, lhs: _Origin, rhs: _Origin) -> _Macs:
         found[leaf.number] += macs * leaf.size // whole
     found[kernel[0].number] += macs - found.total()
     return found
+
+
+_PICKS = ("gather", "dynamic_slice")  # the latter is `table[i]` of a single row
+
+
+def _picks_rows(equation: Equation) -> bool:
+    """Whether it takes single entries along some axes and all along others."""
+    shape, sizes = equation.inputs[0].shape, equation.params["slice_sizes"]
+    picked = [size for size, whole in zip(sizes, shape, strict=True) if size < whole]
+    return set(picked) == {1} and len(picked) < len(shape)
 
 
 def _origin_of_all(name: str, origins: Sequence[_Origin]) -> _Origin:
@@ -336,7 +355,7 @@ def _count_while(
     carried = _carried(body, origins, start, len(origins))
     macs, outputs = _count(body, [*origins[:start], *carried], notes)
     _add(macs, _count(test, [*test_constants, *carried], notes)[0])
-    if macs:
+    if any(macs.values()):
         name = _name_and_line(equation)
         notes[f"{name} is counted once, as its length is not known"] = None
     return macs, outputs

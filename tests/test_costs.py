@@ -86,7 +86,7 @@ def test_the_table_has_a_line_per_layer():
         ["layer", "shape", "params", "nonzero", "MACs"],
         ["conv/kernel", "3x3x2x4", "72", "72", "3,600"],
         ["dense/kernel", "100x7", "700", "700", "1,400"],
-        ["conv", "and", "dense", "772", "772"],
+        ["weights", "772", "772"],
         ["other", "parameters", "4", "4"],
         ["without", "parameters", "0"],
         ["total", "776", "776", "5,000"],
@@ -256,6 +256,91 @@ def test_concatenated_kernels_share_by_size():
     assert found == {"w0": 24, "w1": 48}
 
 
+# --- Tables ------------------------------------------------------------------
+
+
+TOKENS = np.zeros(4, np.int32)
+LOOKUPS = {
+    "indices": lambda v, t: v["w0"][t],
+    "take": lambda v, t: jnp.take(v["w0"], t, axis=0),
+    "columns": lambda v, t: v["w0"][:, t],
+    "a grid": lambda v, t: v["w0"][t.reshape(2, 2)],
+    "narrow": lambda v, t: v["w0"].astype(jnp.bfloat16)[t],
+    "masked": lambda v, t: jnp.where(np.eye(9, 3) > 0, v["w0"], 0)[t],
+    "one": lambda v, t: v["w0"][t[0]],
+    "vmap": lambda v, t: jax.vmap(lambda i: v["w0"][i])(t),
+    "scan": lambda v, t: lax.scan(lambda c, i: (c, v["w0"][i]), 0.0, t)[1],
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_a_table_of_rows_is_a_weight_without_macs(name):
+    assert macs_of(LOOKUPS[name], kernels((9, 3)), TOKENS) == {"w0": 0}
+
+
+NO_TABLES = {
+    "sliced": lambda v, t: v["w0"][:4] + t[:, None],
+    "positions": lambda v, t: v["w0"][jnp.arange(len(t))] + t[:, None],
+    "a window": lambda v, t: lax.dynamic_slice(v["w0"], (t[0], 0), (2, 3)),
+    "numbers": lambda v, t: v["w0"][t, t],
+    "numbers of rows": lambda v, t: jnp.take_along_axis(v["w0"], t[:, None], 1),
+    "a vector": lambda v, t: v["w0"][:, 0][t],
+}
+
+
+@pytest.mark.parametrize("name", NO_TABLES)
+def test_not_every_pick_makes_a_table(name):
+    shape = (4, 3) if name == "numbers of rows" else (9, 3)
+    assert macs_of(NO_TABLES[name], kernels(shape), TOKENS) == {}
+
+
+def test_one_hot_lookups_are_products():
+    found = macs_of(
+        lambda v, t: jax.nn.one_hot(t, 9) @ v["w0"], kernels((9, 3)), TOKENS
+    )
+    assert found == {"w0": 4 * 9 * 3}
+
+
+def test_an_ensemble_of_tables_is_a_weight():
+    fn = jax.vmap(lambda v, t: v["w0"][t], in_axes=(0, None))
+    assert macs_of(fn, kernels((5, 9, 3)), TOKENS) == {"w0": 0}
+
+
+class Language(nn.Module):
+    tied: bool
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(9, 3)
+        x = embed(tokens) + self.param("positions", nn.zeros_init(), (6, 3))[:4]
+        return embed.attend(x) if self.tied else nn.Dense(9)(x)
+
+
+@pytest.mark.parametrize(
+    "tied, macs",
+    [
+        (True, {"Embed_0/embedding": 4 * 27}),
+        (False, {"Dense_0/kernel": 4 * 27, "Embed_0/embedding": 0}),
+    ],
+)
+def test_an_embedding_counts_once_and_positions_do_not(tied, macs):
+    model = Language(tied)
+    variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    cost = agp.measure_cost(model.apply, variables, TOKENS).subtree("params")
+    assert {x.path: x.macs for x in cost.weights} == macs
+    assert (cost.weight_params, cost.macs) == (27 * len(macs), 4 * 27)
+    lines = [line.split() for line in cost.table().splitlines()]
+    embedding = macs["Embed_0/embedding"]
+    assert ["Embed_0/embedding", "9x3", "27", str(embedding)] in lines
+    assert ["weights", str(27 * len(macs))] in lines
+
+
+def test_nnx_embeddings_are_tables():
+    graph, state = nnx.split(nnx.Embed(9, 3, rngs=nnx.Rngs(0)))
+    fn = lambda state, tokens: nnx.merge(graph, state)(tokens)  # noqa: E731
+    assert macs_of(fn, state, TOKENS) == {"embedding": 0}
+
+
 # --- Nesting -----------------------------------------------------------------
 
 
@@ -348,6 +433,13 @@ def test_a_loop_without_products_needs_no_note():
     fn = lambda v, x: lax.while_loop(lambda x: x < 9, lambda x: x + 1, v["w0"])  # noqa: E731
     cost = agp.measure_cost(fn, kernels(()), 1)
     assert (cost.macs, cost.notes) == (0, ())
+
+    def walk(variables, start):
+        step = lambda i: jnp.argmax(variables["w0"][i])  # noqa: E731
+        return lax.while_loop(lambda i: i < 3, step, start)
+
+    cost = agp.measure_cost(walk, kernels((4, 5)), jnp.int32(0))
+    assert ([x.macs for x in cost.weights], cost.notes) == ([0], ())
 
 
 def test_a_conditional_counts_its_dearest_branch():

@@ -159,6 +159,18 @@ def test_vit_b16_has_the_published_number_of_parameters():
     assert cost_of(make_model("vit_b16", 1000), 224).params == 86_567_656
 
 
+def test_vit_b16_counts_no_token_position_or_bias_as_a_weight():
+    cost = cost_of(make_model("vit_b16", 1000), 224).subtree("params")
+    layer = 4 * 768 * 768 + 2 * 768 * 3072
+    kernels = 16 * 16 * 3 * 768 + 12 * layer + 768 * 1000
+    assert cost.weight_params == kernels == 86_292_480
+    rest = {x.path: x.shape for x in cost.leaves if not x.is_weight}
+    assert rest["class_token"] == (1, 1, 768)
+    assert rest["positions"] == (1, 197, 768)
+    assert rest["layer0/attention/query/bias"] == (12, 64)
+    assert not [path for path in rest if path.endswith("kernel")]
+
+
 def test_resnet20_has_the_published_weights_and_macs():
     # 432 + 6 * 2,304 + (4,608 + 5 * 9,216) + (18,432 + 5 * 36,864) + 640, and the 1x1
     # convolutions 16 * 32 + 32 * 64 of the published 270,896.

@@ -6,6 +6,9 @@ from rich.console import Console
 
 from agp_jax.training import reports
 from agp_jax.training.counts import TensorCount
+from agp_jax.training.tasks import Quality
+
+ACCURACY = Quality("accuracy", ".2%", higher_is_better=True)
 
 
 def test_the_table_has_a_line_per_tensor_and_the_totals():
@@ -27,8 +30,8 @@ def test_the_picture_is_a_png_that_shows_the_curves(tmp_path):
         {"step": i, "sparsity": i / 9, "sparsity_target": i / 9, "test_accuracy": 0.5}
         for i in range(9)
     ]
-    drawn = np.asarray(Image.open(reports.plot_metrics(tmp_path, records)))
-    empty = np.asarray(Image.open(reports.plot_metrics(tmp_path, [])))
+    drawn = np.asarray(Image.open(reports.plot_metrics(tmp_path, records, ACCURACY)))
+    empty = np.asarray(Image.open(reports.plot_metrics(tmp_path, [], ACCURACY)))
     assert drawn.shape == empty.shape and drawn.std() > empty.std() > 0
 
 

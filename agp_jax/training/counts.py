@@ -1,16 +1,17 @@
-"""Counts: how much of every kernel is left, and how much was asked to go."""
+"""Counts: how much of every weight is left, and how much was asked to go."""
 
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from agp_jax.boxes import count_nonzero
+from agp_jax.costs import Cost
 from agp_jax.rules import Rule
 from agp_jax.trees import PyTree, flatten_with_paths
 
 
 class TensorCount(NamedTuple):
-    """One convolution or dense kernel, and how much of it is left.
+    """One kernel or table of rows, and how much of it is left.
 
     `shape` is that before any cut. `target` is the sparsity its rule asks for: of it,
     of all tensors of the rule, of the units that it is part of or of the rest that a
@@ -33,9 +34,9 @@ class TensorCount(NamedTuple):
 
 
 def count_weights(
-    params: PyTree, matched: PyTree, step: int, *, original: PyTree, coupled: bool
+    params: PyTree, matched: PyTree, step: int, *, before: Cost, coupled: bool
 ) -> list[TensorCount]:
-    """Counts the non-zero weights of every kernel: of parameters with two or more axes.
+    """Counts the non-zeros of every weight, as `Cost.weights` tells which these are.
 
     Biases and normalisation are left out, as they are in published pruning results.
 
@@ -43,30 +44,29 @@ def count_weights(
       params: the parameters.
       matched: the rules by parameter, from `match_rules`.
       step: the number of updates done, which fixes the targets.
-      original: arrays or shapes of the parameters before anything was cut out; what
-        was counts as zero.
+      before: the cost of the parameters before anything was cut out; what was counts
+        as zero.
       coupled: whether rules with filters, channels or heads prune units.
     """
     paths, leaves, treedef = flatten_with_paths(params)
-    rules = treedef.flatten_up_to(matched)
-    whole = treedef.flatten_up_to(original)
+    arrays = dict(zip(paths, leaves, strict=True))
+    rules = dict(zip(paths, treedef.flatten_up_to(matched), strict=True))
+    left = [arrays[whole.path] for whole in before.weights]
     return [
         TensorCount(
-            path,
-            before.shape,
-            count,
+            whole.path,
+            whole.shape,
+            nonzero,
             rule.schedule.sparsity_at(step) if rule else None,
-            _target_of(rule, coupled, is_cut=leaf.shape != before.shape),
+            _target_of(rule, coupled, is_cut=array.shape != whole.shape),
         )
-        for path, leaf, before, rule, count in zip(
-            paths,
-            leaves,
-            whole,
-            rules,
-            count_nonzero(leaves),
+        for whole, array, nonzero, rule in zip(
+            before.weights,
+            left,
+            count_nonzero(left),
+            [rules[whole.path] for whole in before.weights],
             strict=True,
         )
-        if before.ndim > 1
     ]
 
 

@@ -310,7 +310,7 @@ def _count_weights(experiment: Experiment, state: State) -> list[TensorCount]:
         state.params,
         experiment.matched,
         int(state.step),
-        original=experiment.whole["params"],
+        before=experiment.whole_cost.subtree("params"),
         coupled=experiment.config.prune.coupled,
     )
 
