@@ -297,3 +297,18 @@ def test_arrays_and_shapes_give_the_same_couplings():
     by_array = agp.find_couplings(residual, arrays, jnp.ones(IMAGES.shape))
     assert str(by_array) == str(by_shape)
     assert by_array.variables == RESIDUAL
+
+
+def test_what_one_product_ties_to_something_fixed_is_fixed():
+    """Both halves have the same features; those of the first half are an input's."""
+
+    def fn(params, x):
+        twice = jnp.concatenate([params["once"], params["once"]], axis=1)
+        mixed = jnp.concatenate([x, params["other"]], axis=1)
+        return (twice * mixed) @ params["out"]
+
+    params = {"once": shaped(2, 3), "other": shaped(2, 3), "out": shaped(6, 2)}
+    couplings, groups = find(fn, params, shaped(2, 3))
+    assert not groups
+    ((start, stop, reason),) = couplings.frozen["other", 1]
+    assert (start, stop) == (0, 3) and reason.startswith("input")

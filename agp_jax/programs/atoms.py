@@ -135,7 +135,8 @@ class Atoms:
         a, b = (np.ravel(x) for x in np.broadcast_arrays(first, second))
         while True:
             a, b = self._root(a), self._root(b)
-            differ = a != b
+            # Pairs of which one is frozen come again: it may have frozen in this round.
+            differ = (a != b) & ~(self._frozen[a] & self._frozen[b])
             if not differ.any():
                 return
             a, b = a[differ], b[differ]
@@ -143,9 +144,8 @@ class Atoms:
             self._freeze_like(b[frozen_a], a[frozen_a], reason)
             self._freeze_like(a[frozen_b], b[frozen_b], reason)
             free = ~self._frozen[a] & ~self._frozen[b]
-            a, b = a[free], b[free]
             # The older atom stands for both, so that links never make a circle.
-            low, high = np.minimum(a, b), np.maximum(a, b)
+            low, high = np.minimum(a, b)[free], np.maximum(a, b)[free]
             # Where a root has several partners, the others' turn is the next round.
             high, place = np.unique(high, return_index=True)
             low = low[place]
