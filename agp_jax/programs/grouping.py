@@ -13,7 +13,7 @@ import numpy as np
 
 from agp_jax.couplings import Couplings, Group, Member
 from agp_jax.programs.analyses import Analysis, analyse, stacked_atoms
-from agp_jax.trees import PyTree, abstract_array
+from agp_jax.trees import PyTree, Shape, abstract_array
 
 
 def find_couplings(
@@ -234,15 +234,15 @@ def _axes_to_keep(
     numbers = np.full(flow.atoms.size, -1)
     atoms = [slices.atom[places[:, 0]] for places in clusters]
     numbers[np.concatenate([np.zeros(0, int), *atoms])] = np.arange(len(groups))
-    seen: dict[bytes | int, None] = {}
+    seen: set[int | tuple[Shape, bytes]] = set()
     found = []
     for axis in (axis for value in flow.values.values() for axis in value.axes):
         if id(axis.atoms) in seen:
             continue
-        seen[id(axis.atoms)] = None
+        seen.add(id(axis.atoms))
         factors = numbers[flow.atoms.factors(axis.atoms)]
         factors = factors[:, (factors >= 0).any(axis=0)]
-        key = factors.tobytes()
+        key = factors.shape, factors.tobytes()
         if key not in seen and _may_become_empty(factors, groups, sizes):
             found.append(
                 np.stack(
@@ -250,7 +250,7 @@ def _axes_to_keep(
                     axis=-1,
                 )
             )
-        seen[key] = None
+        seen.add(key)
     return tuple(found)
 
 
