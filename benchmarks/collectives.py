@@ -167,7 +167,7 @@ def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _compile(
     tx: optax.GradientTransformation, params: Any, mesh: Mesh, spec: PartitionSpec
-) -> tuple[programs.Program, bool]:
+) -> tuple[programs.Build, bool]:
     """A compiled optimizer step, and whether all stays where it was in it."""
     state = jax.eval_shape(tx.init, params)
     state = programs.place(state, mesh, dict.fromkeys(params, spec))

@@ -181,7 +181,7 @@ def _rows(
 
 def _events(
     case: Case, weights: Weights, sparsity: float
-) -> dict[str, tuple[programs.Program, tuple]]:
+) -> dict[str, tuple[programs.Build, tuple]]:
     """The programs of a first event and of a second one, with their arguments."""
     schedule = agp.polynomial_schedule(
         sparsity, initial_sparsity=0.8 * sparsity, begin_step=0, end_step=1, frequency=1

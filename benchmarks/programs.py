@@ -32,7 +32,7 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 
 
-class Program(NamedTuple):
+class Build(NamedTuple):
     """A compiled function with the seconds it took to trace and to compile."""
 
     compiled: Any
@@ -63,7 +63,7 @@ def build(
     *arguments: Any,
     donate: Sequence[int] = (),
     out_shardings: Any = None,
-) -> Program:
+) -> Build:
     """Compiles `function` afresh for arguments that may be abstract."""
     jax.clear_caches()
     began = time.perf_counter()
@@ -71,7 +71,7 @@ def build(
     lowered = jitted.lower(*arguments)
     traced = time.perf_counter()
     compiled = lowered.compile()
-    return Program(compiled, traced - began, time.perf_counter() - traced)
+    return Build(compiled, traced - began, time.perf_counter() - traced)
 
 
 def make_step(
@@ -103,7 +103,7 @@ class Collective(NamedTuple):
     every_step: bool
 
 
-def collectives(program: Program) -> Counter[Collective]:
+def collectives(program: Build) -> Counter[Collective]:
     """The collectives in the text of a program; one in a loop counts once."""
     computations: dict[str, list[str]] = {}
     body: list[str] = []
@@ -238,7 +238,7 @@ def place(tree: Any, mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> Any:
     return jax.tree.map_with_path(place_leaf, tree)
 
 
-def keeps_shardings(program: Program, inputs: Any) -> bool:
+def keeps_shardings(program: Build, inputs: Any) -> bool:
     """Whether what comes out of `program` lies as `inputs`, a tree like it, do."""
     outputs = jax.tree.leaves(program.compiled.output_shardings)
     pairs = zip(jax.tree.leaves(inputs), outputs, strict=True)

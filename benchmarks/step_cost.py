@@ -96,7 +96,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 class Step(NamedTuple):
     """A compiled step, and what it starts from; it takes params, state and inputs."""
 
-    program: programs.Program
+    program: programs.Build
     params: Any
     state: Any
     inputs: Any
@@ -262,7 +262,7 @@ def _compile_each(
     rounds: int,
     loss: Callable[..., jax.Array] | None = None,
 ) -> list[dict[str, Any]]:
-    made: dict[str, list[programs.Program]] = {pruned: [] for pruned in optimizers}
+    made: dict[str, list[programs.Build]] = {pruned: [] for pruned in optimizers}
     for i in range(rounds):
         measurements.note(f"compiling {step_of}, round {i + 1}")
         for pruned, tx in optimizers.items():

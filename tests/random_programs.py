@@ -39,30 +39,30 @@ def random_program(seed, num_steps=12):
 
 
 def _run(seed, num_steps, read, x):
-    program = Program(np.random.default_rng((seed, 1)), read)
-    values = [jnp.tanh(program.dense(x))]
+    draft = Draft(np.random.default_rng((seed, 1)), read)
+    values = [jnp.tanh(draft.dense(x))]
     while num_steps > 0:
-        step = program.choose(STEPS)
+        step = draft.choose(STEPS)
         num_steps -= 1
         # Mostly from the last value on: deep rather than wide.
         index = len(values) - 1
-        if program.happens(0.25):
-            index = int(program.rng.integers(len(values)))
-        value = step(program, values[index], values)
+        if draft.happens(0.25):
+            index = int(draft.rng.integers(len(values)))
+        value = step(draft, values[index], values)
         if value is not None and value.size <= MAX_SIZE and value.ndim <= 5:
             values.append(value)
-    return [_finish(program, value) for value in values[-1:] + values[-4:-3]]
+    return [_finish(draft, value) for value in values[-1:] + values[-4:-3]]
 
 
-def _finish(program, x):
+def _finish(draft, x):
     """Mostly a last product, so that the features before it can be cut."""
-    if x.ndim and program.happens(0.8):
-        x = program.dense(x, width=3, axis=int(program.rng.integers(x.ndim)))
+    if x.ndim and draft.happens(0.8):
+        x = draft.dense(x, width=3, axis=int(draft.rng.integers(x.ndim)))
     return x
 
 
-class Program:
-    """The choices of one program, and the variables it has asked for so far."""
+class Draft:
+    """A program in the making: its choices, and the variables it has so far."""
 
     def __init__(self, rng, read):
         self.rng = rng
@@ -109,42 +109,42 @@ class Program:
 # --- Layers ------------------------------------------------------------------
 
 
-def dense(program, x, values):
+def dense(draft, x, values):
     if not x.ndim:
         return None
-    axis = program.axis(x)
-    x = program.dense(x, axis=axis)
-    return x + program.along(x, axis) if program.happens(0.5) else x
+    axis = draft.axis(x)
+    x = draft.dense(x, axis=axis)
+    return x + draft.along(x, axis) if draft.happens(0.5) else x
 
 
-def perceptron(program, x, values):
+def perceptron(draft, x, values):
     """A residual branch."""
     if not x.ndim:
         return None
-    axis = program.axis(x)
-    hidden = jnp.maximum(program.dense(x, axis=axis), 0)
-    return x + program.dense(hidden, width=x.shape[axis], axis=axis)
+    axis = draft.axis(x)
+    hidden = jnp.maximum(draft.dense(x, axis=axis), 0)
+    return x + draft.dense(hidden, width=x.shape[axis], axis=axis)
 
 
-def convolution(program, x, values):
+def convolution(draft, x, values):
     if x.ndim not in (3, 4):
         return None
     spatial, channels = x.ndim - 2, x.shape[-1]
     options = [1, channels] + [g for g in (2, 3) if channels % g == 0]
-    groups = program.choose(options)
-    width = groups * program.choose((1, 2, 3))
-    kernel = program.variable(
-        *(program.choose((1, 2, 3)),) * spatial, channels // groups, width
+    groups = draft.choose(options)
+    width = groups * draft.choose((1, 2, 3))
+    kernel = draft.variable(
+        *(draft.choose((1, 2, 3)),) * spatial, channels // groups, width
     )
     letters = "HW"[:spatial]
-    upsample = groups == 1 and program.happens(0.2)
+    upsample = groups == 1 and draft.happens(0.2)
     return lax.conv_general_dilated(
         x,
         kernel,
-        (1 if upsample else program.choose((1, 1, 2)),) * spatial,
+        (1 if upsample else draft.choose((1, 1, 2)),) * spatial,
         [(1, 1)] * spatial,
         lhs_dilation=(2 if upsample else 1,) * spatial,
-        rhs_dilation=(program.choose((1, 1, 2)),) * spatial
+        rhs_dilation=(draft.choose((1, 1, 2)),) * spatial
         if min(x.shape[1:-1]) > 3
         else None,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
@@ -152,74 +152,74 @@ def convolution(program, x, values):
     )
 
 
-def batch_norm(program, x, values):
+def batch_norm(draft, x, values):
     if not x.ndim:
         return None
-    axis = program.axis(x)
-    mean, bias, scale = (program.along(x, axis) for _ in range(3))
-    var = jnp.abs(program.along(x, axis, kind="scale"))
+    axis = draft.axis(x)
+    mean, bias, scale = (draft.along(x, axis) for _ in range(3))
+    var = jnp.abs(draft.along(x, axis, kind="scale"))
     return (x - mean) * lax.rsqrt(var + 1e-2) * scale + bias
 
 
-def layer_norm(program, x, values):
+def layer_norm(draft, x, values):
     if not x.ndim:
         return None
-    axis = program.axis(x)
-    if program.happens(0.5):
+    axis = draft.axis(x)
+    if draft.happens(0.5):
         x = x - x.mean(axis, keepdims=True)
     x = x * lax.rsqrt(jnp.mean(x * x, axis, keepdims=True) + 1e-2)
-    return x * program.along(x, axis, kind="scale")
+    return x * draft.along(x, axis, kind="scale")
 
 
-def group_norm(program, x, values):
+def group_norm(draft, x, values):
     if not x.ndim or x.shape[-1] % 2:
         return None
     y = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-2)
-    return y.reshape(x.shape) * program.along(x, x.ndim - 1, kind="scale")
+    return y.reshape(x.shape) * draft.along(x, x.ndim - 1, kind="scale")
 
 
-def low_rank(program, x, values):
+def low_rank(draft, x, values):
     if not x.ndim:
         return None
-    width, rank = program.choose(WIDTHS), 4
-    kernel = program.variable(x.shape[-1], rank) @ program.variable(rank, width)
-    if program.happens(0.5):
-        kernel = kernel + program.variable(x.shape[-1], width)
+    width, rank = draft.choose(WIDTHS), 4
+    kernel = draft.variable(x.shape[-1], rank) @ draft.variable(rank, width)
+    if draft.happens(0.5):
+        kernel = kernel + draft.variable(x.shape[-1], width)
     return x @ kernel
 
 
-def standardised_dense(program, x, values):
+def standardised_dense(draft, x, values):
     if not x.ndim:
         return None
-    kernel = program.variable(x.shape[-1], program.choose(WIDTHS))
-    axis = program.choose((0, 0, 1))
+    kernel = draft.variable(x.shape[-1], draft.choose(WIDTHS))
+    axis = draft.choose((0, 0, 1))
     kernel = kernel - kernel.mean(axis, keepdims=True)
     return x @ (kernel * lax.rsqrt(jnp.mean(kernel**2, axis, keepdims=True) + 1e-2))
 
 
-def attention(program, x, values):
+def attention(draft, x, values):
     if x.ndim == 2:
         x = x[None]
     if x.ndim != 3 or x.shape[-1] % 2:
         return None
     split = (*x.shape[:2], 2, x.shape[-1] // 2)
     query, key, value = (
-        program.dense(x, width=x.shape[-1], axis=2).reshape(split) for _ in range(3)
+        draft.dense(x, width=x.shape[-1], axis=2).reshape(split) for _ in range(3)
     )
-    if program.happens(0.3):  # not zero where the weights are
+    if draft.happens(0.3):  # not zero where the weights are
         query, key = jnp.exp(jnp.tanh(query)), jax.nn.sigmoid(key)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
-    if program.happens(0.7):
+    if draft.happens(0.7):
         scores = jax.nn.softmax(scores)
     return jnp.einsum("bhqk,bkhd->bqhd", scores, value).reshape(x.shape)
 
 
-def embedding(program, x, values):
+def embedding(draft, x, values):
     """Rows of a table, found by the signs of a value."""
     if not x.ndim:
         return None
-    table = program.variable(4, program.choose(WIDTHS))
+    table = draft.variable(4, draft.choose(WIDTHS))
     found = table[jnp.where(x.sum(-1) > 0, 1, 3)]
     return found + table[0].reshape((1,) * (found.ndim - 1) + (-1,))
 
@@ -263,14 +263,14 @@ FUNCTIONS = [
 ]
 
 
-def elementwise(program, x, values):
-    return program.choose(FUNCTIONS)(x)
+def elementwise(draft, x, values):
+    return draft.choose(FUNCTIONS)(x)
 
 
-def weighted(program, x, values):
+def weighted(draft, x, values):
     if not x.ndim:
         return None
-    w = program.along(x, program.axis(x))
+    w = draft.along(x, draft.axis(x))
     return [
         lambda: x * w,
         lambda: x + w,
@@ -278,13 +278,13 @@ def weighted(program, x, values):
         lambda: jnp.where(w > 0, x, w * 0.5),
         lambda: x / (1 + jnp.abs(w)),
         lambda: jnp.tanh(x / w),  # not a number where both are zero
-    ][int(program.rng.choice(6, p=[0.3, 0.3, 0.1, 0.1, 0.15, 0.05]))]()
+    ][int(draft.rng.choice(6, p=[0.3, 0.3, 0.1, 0.1, 0.15, 0.05]))]()
 
 
-def combine(program, x, values):
+def combine(draft, x, values):
     """With another value of the same shape."""
     same = [y for y in values if y.shape == x.shape]
-    y = program.choose(same)
+    y = draft.choose(same)
     return [
         lambda: x + y,
         lambda: x - 0.5 * y,
@@ -292,233 +292,233 @@ def combine(program, x, values):
         lambda: x * jax.nn.sigmoid(y),
         lambda: jnp.maximum(x, y),
         lambda: jnp.where(y > 0, x, y),
-    ][int(program.rng.integers(6))]()
+    ][int(draft.rng.integers(6))]()
 
 
-def dropout(program, x, values):
+def dropout(draft, x, values):
     kept = jax.random.bernoulli(jax.random.key(len(values)), 0.7, x.shape)
     return jnp.where(kept, x / 0.7, 0)
 
 
-def constant(program, x, values):
+def constant(draft, x, values):
     noise = np.random.default_rng(len(values)).standard_normal(x.shape)
-    return x + noise if program.happens(0.5) else x * noise
+    return x + noise if draft.happens(0.5) else x * noise
 
 
-def normalise(program, x, values):
+def normalise(draft, x, values):
     """By a sum or a norm over one axis."""
     if not x.ndim:
         return None
-    axis = program.axis(x)
-    total = jnp.sum(program.choose([jnp.abs, jnp.square])(x), axis, keepdims=True)
+    axis = draft.axis(x)
+    total = jnp.sum(draft.choose([jnp.abs, jnp.square])(x), axis, keepdims=True)
     return x / (1 + total)
 
 
-def outer(program, x, values):
+def outer(draft, x, values):
     if x.ndim != 2:
         return None
-    return jnp.tanh(x[:, :, None] * program.choose([x, x + 1])[:, None, :])
+    return jnp.tanh(x[:, :, None] * draft.choose([x, x + 1])[:, None, :])
 
 
 # --- Shapes ------------------------------------------------------------------
 
 
-def merge(program, x, values):
+def merge(draft, x, values):
     if x.ndim < 3:
         return None
-    at = int(program.rng.integers(1, x.ndim - 1))
+    at = int(draft.rng.integers(1, x.ndim - 1))
     return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
 
 
-def split(program, x, values):
+def split(draft, x, values):
     if not x.ndim:
         return None
-    at = program.axis(x)
+    at = draft.axis(x)
     factors = [f for f in (2, 3, 4) if x.shape[at] % f == 0]
     if not factors:
         return None
-    factor = program.choose(factors)
+    factor = draft.choose(factors)
     parts = [factor, x.shape[at] // factor]
     return x.reshape(
-        *x.shape[:at], *parts[:: program.choose((1, -1))], *x.shape[at + 1 :]
+        *x.shape[:at], *parts[:: draft.choose((1, -1))], *x.shape[at + 1 :]
     )
 
 
-def shuffle(program, x, values):
+def shuffle(draft, x, values):
     if not x.ndim or x.shape[-1] % 2:
         return None
     parts = x.reshape(*x.shape[:-1], 2, -1)
     return jnp.swapaxes(parts, -1, -2).reshape(x.shape)
 
 
-def regroup(program, x, values):
+def regroup(draft, x, values):
     """A reshape that follows no axis."""
     if x.ndim < 2 or x.shape[-1] % 2:
         return None
     return x.reshape(*x.shape[:-2], x.shape[-2] * 2, x.shape[-1] // 2)
 
 
-def transpose(program, x, values):
-    return jnp.transpose(x, program.rng.permutation(x.ndim)) if x.ndim > 1 else None
+def transpose(draft, x, values):
+    return jnp.transpose(x, draft.rng.permutation(x.ndim)) if x.ndim > 1 else None
 
 
-def concatenate(program, x, values):
+def concatenate(draft, x, values):
     if not x.ndim:
         return None
-    axis = program.axis(x)
+    axis = draft.axis(x)
     others = [
         y
         for y in values
         if y.ndim == x.ndim
         and y.shape[:axis] + y.shape[axis + 1 :] == x.shape[:axis] + x.shape[axis + 1 :]
     ]
-    parts = [x, program.choose(others)]
-    if program.happens(0.2):
+    parts = [x, draft.choose(others)]
+    if draft.happens(0.2):
         parts.append(jnp.full_like(x, 0.5))
-    return jnp.concatenate(parts[:: program.choose((1, -1))], axis)
+    return jnp.concatenate(parts[:: draft.choose((1, -1))], axis)
 
 
-def stack(program, x, values):
-    return jnp.stack([x, jnp.tanh(x)], int(program.rng.integers(x.ndim + 1)))
+def stack(draft, x, values):
+    return jnp.stack([x, jnp.tanh(x)], int(draft.rng.integers(x.ndim + 1)))
 
 
-def cut_out(program, x, values):
+def cut_out(draft, x, values):
     if not x.ndim:
         return None
-    axis = program.axis(x)
+    axis = draft.axis(x)
     size = x.shape[axis]
     if size < 4:
         return None
-    start = int(program.rng.integers(size // 2))
-    return lax.slice_in_dim(x, start, size, program.choose((1, 1, 2)), axis)
+    start = int(draft.rng.integers(size // 2))
+    return lax.slice_in_dim(x, start, size, draft.choose((1, 1, 2)), axis)
 
 
-def halves(program, x, values):
+def halves(draft, x, values):
     if not x.ndim or x.shape[-1] % 2:
         return None
     left, right = jnp.split(x, 2, axis=-1)
-    return left * jax.nn.sigmoid(right) if program.happens(0.7) else right
+    return left * jax.nn.sigmoid(right) if draft.happens(0.7) else right
 
 
-def pad(program, x, values):
+def pad(draft, x, values):
     if not x.ndim:
         return None
     widths = [(0, 0)] * x.ndim
-    widths[program.axis(x)] = program.choose([(1, 2), (0, 3), (2, 0)])
-    return jnp.pad(x, widths, constant_values=program.choose((0.0, 0.5)))
+    widths[draft.axis(x)] = draft.choose([(1, 2), (0, 3), (2, 0)])
+    return jnp.pad(x, widths, constant_values=draft.choose((0.0, 0.5)))
 
 
-def roll(program, x, values):
+def roll(draft, x, values):
     if not x.ndim:
         return None
-    axis = program.axis(x)
-    return jnp.roll(x, 1, axis) if program.happens(0.5) else jnp.flip(x, axis)
+    axis = draft.axis(x)
+    return jnp.roll(x, 1, axis) if draft.happens(0.5) else jnp.flip(x, axis)
 
 
-def repeat(program, x, values):
+def repeat(draft, x, values):
     if not x.ndim:
         return None
-    if program.happens(0.5):
-        return jnp.repeat(x, 2, program.axis(x))
+    if draft.happens(0.5):
+        return jnp.repeat(x, 2, draft.axis(x))
     return jnp.tile(x, (2,) + (1,) * (x.ndim - 1))
 
 
-def expand(program, x, values):
-    at = int(program.rng.integers(x.ndim + 1))
+def expand(draft, x, values):
+    at = int(draft.rng.integers(x.ndim + 1))
     return jnp.broadcast_to(
-        jnp.expand_dims(x, at), (*x.shape[:at], program.choose((1, 3)), *x.shape[at:])
+        jnp.expand_dims(x, at), (*x.shape[:at], draft.choose((1, 3)), *x.shape[at:])
     )
 
 
-def squeeze(program, x, values):
+def squeeze(draft, x, values):
     return jnp.squeeze(x) if 1 in x.shape else None
 
 
-def take(program, x, values):
+def take(draft, x, values):
     """By indices known when tracing: a permutation, or some with repeats."""
     if not x.ndim:
         return None
-    axis = program.axis(x)
+    axis = draft.axis(x)
     size = x.shape[axis]
-    if program.happens(0.6):
-        return jnp.take(x, program.rng.permutation(size), axis)
-    return jnp.take(x, program.rng.integers(0, size, 5), axis)
+    if draft.happens(0.6):
+        return jnp.take(x, draft.rng.permutation(size), axis)
+    return jnp.take(x, draft.rng.integers(0, size, 5), axis)
 
 
-def scatter(program, x, values):
+def scatter(draft, x, values):
     """Into known columns of a wider array, added or instead of what is there."""
     if x.ndim < 2:
         return None
     size = x.shape[-1]
-    columns = program.rng.permutation(size + 2)[:size]
-    wide = jnp.full((*x.shape[:-1], size + 2), program.choose((0.0, 0.0, 0.5)))
+    columns = draft.rng.permutation(size + 2)[:size]
+    wide = jnp.full((*x.shape[:-1], size + 2), draft.choose((0.0, 0.0, 0.5)))
     place = wide.at[..., columns]
-    return program.choose([place.add, place.add, place.set, place.max])(x)
+    return draft.choose([place.add, place.add, place.set, place.max])(x)
 
 
-def update(program, x, values):
+def update(draft, x, values):
     """Writes over a part, at a place that depends on the values."""
     if not x.ndim:
         return None
-    axis = int(program.rng.integers(x.ndim))
-    row = lax.slice_in_dim(x, 0, 1, axis=axis) * 0.5 + program.choose((0.0, 0.5))
+    axis = int(draft.rng.integers(x.ndim))
+    row = lax.slice_in_dim(x, 0, 1, axis=axis) * 0.5 + draft.choose((0.0, 0.5))
     start = jnp.where(x.sum() > 0, 0, x.shape[axis] - 1)
     return lax.dynamic_update_slice_in_dim(x, row, start, axis)
 
 
-def window(program, x, values):
+def window(draft, x, values):
     """Starts at a place that depends on the values."""
     if not x.ndim:
         return None
-    axis = int(program.rng.integers(x.ndim))
+    axis = int(draft.rng.integers(x.ndim))
     size = x.shape[axis]
     start = jnp.where(x.sum() > 0, 0, 1)
     return lax.dynamic_slice_in_dim(x, start, max(1, size - 1), axis)
 
 
-def look_up(program, x, values):
+def look_up(draft, x, values):
     """Each index along an axis takes values from places that depend on values."""
     if x.ndim < 2:
         return None
-    axis = int(program.rng.integers(x.ndim))
-    order = jnp.argsort(x, axis) if program.happens(0.5) else (x > 0).astype(int)
+    axis = int(draft.rng.integers(x.ndim))
+    order = jnp.argsort(x, axis) if draft.happens(0.5) else (x > 0).astype(int)
     return jnp.take_along_axis(x, order % x.shape[axis], axis)
 
 
-def pool(program, x, values):
+def pool(draft, x, values):
     if x.ndim != 4:
         return None
-    window = [(1, 2, 2, 1), (1, 2, 1, 1), (1, 1, 1, 2)][int(program.rng.integers(3))]
-    start, function = program.choose([(0.0, lax.add), (-jnp.inf, lax.max)])
+    window = [(1, 2, 2, 1), (1, 2, 1, 1), (1, 1, 1, 2)][int(draft.rng.integers(3))]
+    start, function = draft.choose([(0.0, lax.add), (-jnp.inf, lax.max)])
     return lax.reduce_window(x, start, function, window, window, "VALID")
 
 
 # --- Reductions and control flow ---------------------------------------------
 
 
-def reduce(program, x, values):
+def reduce(draft, x, values):
     if x.ndim < 2:
         return None
-    function = program.choose(
+    function = draft.choose(
         [jnp.sum, jnp.sum, jnp.mean, jnp.max, jnp.min, jnp.prod, jax.nn.logsumexp]
     )
-    axis = int(program.rng.integers(x.ndim))
-    return function(x, axis, keepdims=program.happens(0.5))
+    axis = int(draft.rng.integers(x.ndim))
+    return function(x, axis, keepdims=draft.happens(0.5))
 
 
-def scale_by_reduction(program, x, values):
+def scale_by_reduction(draft, x, values):
     """Squeeze and excite."""
     if x.ndim < 2:
         return None
-    axis = int(program.rng.integers(x.ndim))
+    axis = int(draft.rng.integers(x.ndim))
     return x * jax.nn.sigmoid(x.mean(axis, keepdims=True))
 
 
-def along_axis(program, x, values):
+def along_axis(draft, x, values):
     if not x.ndim:
         return None
-    axis = int(program.rng.integers(x.ndim))
-    return program.choose(
+    axis = int(draft.rng.integers(x.ndim))
+    return draft.choose(
         [
             lambda: jnp.cumsum(x, axis) / x.shape[axis],
             lambda: jax.nn.softmax(x, axis),
@@ -536,19 +536,19 @@ def along_axis(program, x, values):
     )()
 
 
-def top_k(program, x, values):
+def top_k(draft, x, values):
     return lax.top_k(x, 3)[0] if x.ndim and x.shape[-1] > 3 else None
 
 
-def recurrence(program, x, values):
+def recurrence(draft, x, values):
     """A scan over the first axis, forwards or backwards."""
     if x.ndim < 2:
         return None
     width = x.shape[-1]
-    recurrent, bias = program.variable(width, width), program.variable(width)
+    recurrent, bias = draft.variable(width, width), draft.variable(width)
     bias = lax.broadcast_in_dim(bias, x.shape[1:], (x.ndim - 2,))
 
-    function = program.choose(
+    function = draft.choose(
         [
             lambda state, now: jnp.tanh(state @ recurrent + bias + now),
             lambda state, now: state * 0.5 + now * bias,
@@ -560,19 +560,19 @@ def recurrence(program, x, values):
         state = function(state, now)
         return state, state * 0.5
 
-    start = jnp.zeros(x.shape[1:]) if program.happens(0.5) else x[0]
-    last, all_ = lax.scan(step, start, x, reverse=program.happens(0.5))
-    return all_ if program.happens(0.7) else last
+    start = jnp.zeros(x.shape[1:]) if draft.happens(0.5) else x[0]
+    last, all_ = lax.scan(step, start, x, reverse=draft.happens(0.5))
+    return all_ if draft.happens(0.7) else last
 
 
-def layers(program, x, values):
+def layers(draft, x, values):
     """A scan over stacked kernels."""
     if not x.ndim:
         return None
-    hidden = program.choose(WIDTHS)
+    hidden = draft.choose(WIDTHS)
     stacked = (
-        program.variable(3, x.shape[-1], hidden),
-        program.variable(3, hidden, x.shape[-1]),
+        draft.variable(3, x.shape[-1], hidden),
+        draft.variable(3, hidden, x.shape[-1]),
     )
 
     def layer(x, kernels):
@@ -582,19 +582,19 @@ def layers(program, x, values):
     return lax.scan(layer, x, stacked)[0]
 
 
-def condition(program, x, values):
+def condition(draft, x, values):
     if not x.ndim:
         return None
-    kernel = program.variable(x.shape[-1], x.shape[-1])
-    test = x.sum() > 0 if program.happens(0.5) else jnp.bool_(program.happens(0.5))
-    other = program.choose([jnp.tanh, lambda x: x * 0.5, lambda x: x + 1])
+    kernel = draft.variable(x.shape[-1], x.shape[-1])
+    test = x.sum() > 0 if draft.happens(0.5) else jnp.bool_(draft.happens(0.5))
+    other = draft.choose([jnp.tanh, lambda x: x * 0.5, lambda x: x + 1])
     return lax.cond(test, lambda x: jax.nn.relu(x @ kernel), other, x)
 
 
-def loop(program, x, values):
+def loop(draft, x, values):
     if not x.ndim:
         return None
-    kernel = program.variable(x.shape[-1], x.shape[-1])
+    kernel = draft.variable(x.shape[-1], x.shape[-1])
 
     def goes_on(carry):
         return carry[0] < 2
@@ -605,10 +605,10 @@ def loop(program, x, values):
     return lax.while_loop(goes_on, step, (0, x))[1]
 
 
-def mapped(program, x, values):
+def mapped(draft, x, values):
     if x.ndim < 2:
         return None
-    kernel = program.variable(x.shape[0], x.shape[-1], program.choose(WIDTHS))
+    kernel = draft.variable(x.shape[0], x.shape[-1], draft.choose(WIDTHS))
     return jax.vmap(lambda x, kernel: jnp.tanh(x @ kernel))(x, kernel)
 
 

@@ -35,20 +35,20 @@ def cut_in_half(couplings, seed):
         if group.exact and group.num_units > 1
     }
     try:
-        return plan(couplings, removed)
+        return masks_and_cut(couplings, removed)
     except ValueError:
         accepted = {}
         for name, units in removed.items():
             try:
-                plan(couplings, accepted | {name: units})
+                masks_and_cut(couplings, accepted | {name: units})
             except ValueError as error:
                 assert "empty" in str(error)
             else:
                 accepted[name] = units
-        return plan(couplings, accepted)
+        return masks_and_cut(couplings, accepted)
 
 
-def plan(couplings, removed):
+def masks_and_cut(couplings, removed):
     masks = couplings.masks(removed)
     return masks, agp.plan_cut(masks, couplings)
 
