@@ -83,8 +83,8 @@ def make_masks(
     )
 
 
-class _Rival(NamedTuple):
-    """Cells or units that compete, and what is done with those that win."""
+class _Entry(NamedTuple):
+    """Cells or units that compete, and what is done with those that stay."""
 
     entrant: Entrant
     rule: Rule
@@ -124,7 +124,7 @@ def remake_masks(
     def keep_units(group: Group, kept: jax.Array) -> None:
         units[group.name] = kept
 
-    rivals: list[_Rival] = []
+    entries: list[_Entry] = []
     for leaf in leaves.values():
         if couplings is not None and leaf.rule.prunes_units:
             continue  # it is masked with the groups below
@@ -134,17 +134,18 @@ def remake_masks(
             new_masks[leaf.path] = keep_n_of_m(leaf, step)
         else:
             keep = functools.partial(keep_cells, leaf)
-            rivals.append(_Rival(enter(leaf), leaf.rule, keep))
+            entries.append(_Entry(enter(leaf), leaf.rule, keep))
     for ranked in ranked_groups:
         keep = functools.partial(keep_units, ranked.group)
         if _may_prune(ranked.rule, step):
-            rivals.append(_Rival(enter_group(ranked, leaves), ranked.rule, keep))
+            entries.append(_Entry(enter_group(ranked, leaves), ranked.rule, keep))
         else:
             keep(all_units(ranked.group))
-    entrants = [rival.entrant for rival in rivals]
-    winners = hold_contests(entrants, [rival.rule for rival in rivals], step)
-    for rival, kept in zip(rivals, winners, strict=True):
-        rival.keep(kept)
+    kept_of_each = hold_contests(
+        [entry.entrant for entry in entries], [entry.rule for entry in entries], step
+    )
+    for entry, kept in zip(entries, kept_of_each, strict=True):
+        entry.keep(kept)
     # A leaf may belong to several groups, so their masks are made at once.
     groups = [ranked.group for ranked in ranked_groups]
     kept = [units[group.name] for group in groups]
