@@ -34,8 +34,8 @@ class Schedule:
     whether or not the frequency divides the span; before the first nothing is pruned.
 
     Levels are fractions: a float is the decimal that it prints as, so 0.1 means 1/10,
-    and a `Fraction` is itself. Between the ends they are exact for whole powers up to
-    64, and of other powers float64 rounded to 12 decimal places.
+    but 1 / 3 means a third; a `Fraction` is itself. Between the ends they are exact for
+    whole powers up to 64, and of other powers float64 rounded to 12 decimal places.
 
     Calling it with a step (an int or a traced integer array) gives the float32
     sparsity that holds at that step.
@@ -198,12 +198,17 @@ def _as_written(number: Any) -> float | Fraction:
     exact_types = numbers.Rational | Decimal
     written = Fraction(number if isinstance(number, exact_types) else str(number))
     nearest = float(written)
-    return nearest if _exact(nearest) == written else written
+    meant = written in (_exact(nearest), Fraction(repr(nearest)))
+    return nearest if meant else written
 
 
 def _exact(number: float | Fraction) -> Fraction:
-    """The decimal that a float prints as: the shortest of those that it stands for."""
-    return number if isinstance(number, Fraction) else Fraction(repr(number))
+    """What was written: a simple fraction that a float is nearest to, as 1 / 3, or else
+    the decimal that it prints as."""
+    if isinstance(number, Fraction):
+        return number
+    simple = Fraction(number).limit_denominator(1000)
+    return simple if float(simple) == number else Fraction(repr(number))
 
 
 def in_parts(sparsity: float | Fraction, m: int) -> float | Fraction:
