@@ -1,3 +1,6 @@
+"""Checkpoints and work directories: what is saved comes back bit for bit on any mesh,
+and what is missing, damaged or of another run is named."""
+
 import contextlib
 import logging
 import os

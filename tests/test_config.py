@@ -1,3 +1,5 @@
+"""Configs: what passes gives the rules of a run, what cannot run names its field."""
+
 import dataclasses
 import json
 
@@ -41,8 +43,13 @@ def change(config, name, value):
     return config
 
 
-def test_a_good_config_passes():
-    validate(good_config())
+def test_a_good_config_passes_with_the_rules_of_its_run():
+    config = good_config()
+    dense, pruning = validate(config)
+    assert (dense.pattern, dense.schedule) == ("head/kernel", None)
+    assert pruning.schedule == agp.polynomial_schedule(
+        0.9, begin_step=0, end_step=50, frequency=10
+    )
 
 
 @pytest.mark.parametrize(
