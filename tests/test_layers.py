@@ -67,6 +67,9 @@ ORDER += [
     "data.imagenet",  # its preparation
     "data.preparation",  # of any dataset
     "data.splits",  # the splits of prepared data
+    "data.vocabularies",  # what the numbers of tokens stand for
+    "data.corpora",  # where text comes from
+    "data.text",  # tokens in batches, as a function of seed and step
     "data.command",  # python -m agp_jax.data
     "data",
     "data.__main__",
