@@ -85,6 +85,18 @@ BENCHMARKS = {
             },
         },
     ),
+    "lstm_speed": (
+        ["--rounds=1"],
+        {
+            "training_step": {
+                "model": str,
+                "parameters": int,
+                "ms": NUMBERS,
+                "tokens/s": NUMBERS,
+                "of_agp_jax": NUMBERS,
+            }
+        },
+    ),
     "abstract_scale": (
         [],
         {

@@ -81,6 +81,8 @@ ORDER += [
     "models.resnet",
     "models.resnet_cifar",
     "models.vit",
+    "models.lstm",
+    "models.gpt",
     "models",
     "models.folding",  # normalisation folded into kernels
     "models.torch_weights",  # published weights

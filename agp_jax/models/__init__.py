@@ -1,7 +1,9 @@
 """Models whose published pruning results this library reproduces, in Flax linen.
 
-A model is called with images (batch, height, width, channels) and `train=`, and gives
-logits (batch, classes). It is as wide as its stored variables, thinned ones included.
+A model of images is called with images (batch, height, width, channels) and `train=`,
+and gives logits (batch, classes). One of text is called with tokens (rows, length),
+bools (rows,) that tell where texts start, and `train=`, and gives logits (rows, length,
+vocabulary). All are as wide as their stored variables, thinned ones included.
 """
 
 from collections.abc import Callable
@@ -9,6 +11,8 @@ from collections.abc import Callable
 from flax import linen as nn
 
 from agp_jax.models.alexnet import AlexNet
+from agp_jax.models.gpt import Gpt
+from agp_jax.models.lstm import LstmLanguageModel
 from agp_jax.models.mlp import Mlp
 from agp_jax.models.mobilenet import MobileNet
 from agp_jax.models.resnet import resnet18, resnet50, resnext101
@@ -29,6 +33,13 @@ MODELS: dict[str, tuple[Callable[[int, int], nn.Module], int]] = {
     "resnet50": (resnet50, 64),
     "resnext101": (resnext101, 64),
     "vit_b16": (VisionTransformer, 768),
+}
+
+
+# Models of text: called with the number of tokens there are, and `width=` and so on.
+LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lstm": LstmLanguageModel,
+    "gpt": Gpt,
 }
 
 

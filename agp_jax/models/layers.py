@@ -6,6 +6,7 @@ as they are, so a model also runs with the variables that `agp_jax.thin` returns
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """The convolved `x` (batch, height, width, features)."""
         shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
-        kernel = _stored_or_new(self, "kernel", self.kernel_init, shape)
+        kernel = stored_or_new(self, "kernel", self.kernel_init, shape)
         x, kernel = promote_dtype(x, kernel)
         y = lax.conv_general_dilated(
             x,
@@ -66,10 +67,16 @@ class Dense(nn.Module):
     Attributes:
       features: how many outputs there are, or the sizes of several axes of them.
       num_axes: how many last axes of its inputs it sums over.
+      use_bias: whether a bias is added.
+      kernel_init: makes a new kernel; by default LeCun's normal.
+      dtype: what it computes in; by default what inputs and kernel promote to.
     """
 
     features: int | tuple[int, ...]
     num_axes: int = 1
+    use_bias: bool = True
+    kernel_init: Callable[..., jax.Array] | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,11 +85,47 @@ class Dense(nn.Module):
         features = self.features
         outputs = (features,) if isinstance(features, int) else features
         shape = (*x.shape[x.ndim - split :], *outputs)
-        init = nn.initializers.lecun_normal(range(split), range(split, len(shape)))
-        kernel = _stored_or_new(self, "kernel", init, shape)
-        x, kernel = promote_dtype(x, kernel)
+        init = self.kernel_init or nn.initializers.lecun_normal(
+            range(split), range(split, len(shape))
+        )
+        kernel = stored_or_new(self, "kernel", init, shape)
+        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
         y = jnp.tensordot(x, kernel, axes=split)
-        return _add_bias(self, y, kernel.shape[split:])
+        return _add_bias(self, y, kernel.shape[split:]) if self.use_bias else y
+
+
+class Embedding(nn.Module):
+    """A vector for each token, which may also tell how well a token fits.
+
+    Attributes:
+      vocabulary: how many tokens there are.
+      features: how many numbers a vector has.
+      embedding_init: makes new vectors.
+    """
+
+    vocabulary: int
+    features: int
+    embedding_init: Callable[..., jax.Array] = nn.initializers.normal(0.02)
+
+    def setup(self) -> None:
+        shape = (self.vocabulary, self.features)
+        self.embedding = stored_or_new(self, "embedding", self.embedding_init, shape)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """The vectors (..., features) of `tokens` (...)."""
+        return self.embedding[tokens]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """The products (..., vocabulary) of `x` (..., features) with all vectors.
+
+        The factors have the dtype of `x`; the sums are float32 at least.
+        """
+        return jnp.einsum(
+            "...d,vd->...v",
+            x,
+            self.embedding.astype(x.dtype),
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )
 
 
 def _add_bias(layer: nn.Module, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -91,7 +134,7 @@ def _add_bias(layer: nn.Module, x: jax.Array, shape: tuple[int, ...]) -> jax.Arr
     return x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
 
 
-def _stored_or_new(
+def stored_or_new(
     layer: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]
 ) -> jax.Array:
     """A parameter as it is stored, or a new one of the given shape."""
