@@ -205,3 +205,27 @@ def test_variables_of_other_shapes_are_refused():
         agp.thin_function(network, SMALL, cut)
     with pytest.raises(ValueError, match="variables without it.*Cut.subtree"):
         agp.thin_function(network, VARIABLES["params"], cut)
+
+
+def test_axes_that_are_not_cut_may_have_any_size():
+    """What is carried from batch to batch has as many rows as a batch."""
+
+    def fn(variables, x):
+        hidden = jnp.tanh(x @ variables["into"] + variables["carry"])
+        return hidden @ variables["out"], hidden
+
+    variables = draw({"into": (5, 6), "carry": (4, 6), "out": (6, 3)})
+    inputs = draw({"x": (4, 5)})["x"]
+    couplings = agp.find_couplings(lambda v, x: fn(v, x)[0], variables, inputs)
+    masks = couplings.masks({"into[1]": [1, 4]})
+    cut = agp.plan_cut(masks, couplings)
+    full, small, thinned = thinned_pair(fn, variables, cut, masks)
+    for rows in (1, 3):
+        fewer = {**full, "carry": full["carry"][:rows]}
+        found = thinned({**small, "carry": small["carry"][:rows]}, inputs[:rows])
+        outputs, hidden = fn(fewer, inputs[:rows])
+        np.testing.assert_allclose(found[0], outputs, rtol=1e-9)
+        kept = np.delete(np.asarray(hidden), [1, 4], axis=1)
+        np.testing.assert_allclose(found[1], kept, rtol=1e-9)
+    with pytest.raises(ValueError, match="expects carry of shape"):
+        thinned({**small, "carry": full["carry"]}, inputs)

@@ -30,7 +30,7 @@ from agp_jax.thinning.remains import (
     kept_axes,
 )
 from agp_jax.thinning.resizing import RESIZED, take
-from agp_jax.trees import PyTree, abstract_array, flatten_with_paths
+from agp_jax.trees import PyTree, Shape, abstract_array, flatten_with_paths
 
 
 def thin_function(
@@ -40,10 +40,11 @@ def thin_function(
 
     Works for any function of the variables, such as one that predicts or a loss, and
     the result can be transformed as `fn` can. It is traced anew for every new shape of
-    its other arguments. Numbers that `fn` computed from widths when it was traced, such
-    as the divisor of a mean over channels, stay as they are: the result is what `fn`
-    gives for masked variables. What has the size of what was cut in the outputs, such
-    as updated batch statistics, comes out thinned.
+    its arguments, which may be any but along the axes that are cut: what the variables
+    carry from batch to batch has as many rows as a batch. Numbers that `fn` computed
+    from widths when it was traced, such as the divisor of a mean over channels, stay as
+    they are: the result is what `fn` gives for masked variables. What has the size of
+    what was cut in the outputs, such as updated batch statistics, comes out thinned.
 
     Args:
       fn: called as `fn(variables, *args, **kwargs)`; all arguments are arrays.
@@ -55,8 +56,7 @@ def thin_function(
         ties it, and where.
     """
     paths, leaves, treedef = flatten_with_paths(variables)
-    original = [abstract_array(x) for x in leaves]
-    _check_paths(paths, original, cut)
+    _check_paths(paths, [abstract_array(x) for x in leaves], cut)
     known: dict[Any, Remains] = {}
 
     def call(variables: PyTree, args: tuple[Any, ...], kwargs: Any) -> PyTree:
@@ -64,10 +64,11 @@ def thin_function(
 
     def thinned(variables: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         arrays = treedef.flatten_up_to(variables)
-        _check_thinned(paths, arrays, cut)
         full = [
-            jax.ShapeDtypeStruct(x.shape, jnp.result_type(array))
-            for x, array in zip(original, arrays, strict=True)
+            jax.ShapeDtypeStruct(
+                _whole_shape(path, jnp.shape(array), cut), jnp.result_type(array)
+            )
+            for path, array in zip(paths, arrays, strict=True)
         ]
         inputs = jax.tree.map(abstract_array, (args, kwargs))
         key = (
@@ -99,13 +100,18 @@ def _check_paths(
             )
 
 
-def _check_thinned(paths: Sequence[str], arrays: Sequence[Any], cut: Cut) -> None:
-    for path, array in zip(paths, arrays, strict=True):
-        if jnp.shape(array) != cut.thin_shape(path):
-            raise ValueError(
-                f"the thinned function expects {path} of shape {cut.thin_shape(path)}, "
-                f"got {jnp.shape(array)}; pass thin(variables, cut)"
-            )
+def _whole_shape(path: str, shape: Shape, cut: Cut) -> Shape:
+    """What a thinned leaf of this shape was before: as it is but where it is cut."""
+    expected, axes = cut.thin_shape(path), cut.get(path, {})
+    settled = {*axes, *(0 for kept in axes.values() if kept.ndim == 2)}
+    if len(shape) != len(expected) or any(shape[i] != expected[i] for i in settled):
+        raise ValueError(
+            f"the thinned function expects {path} of shape {expected}, got {shape}; "
+            f"pass thin(variables, cut)"
+        )
+    return tuple(
+        cut.shapes[path][i] if i in axes else size for i, size in enumerate(shape)
+    )
 
 
 def _run(
