@@ -16,6 +16,7 @@ from agp_jax.rules import match_rules as match_rules
 from agp_jax.schedules import Schedule as Schedule
 from agp_jax.schedules import one_shot as one_shot
 from agp_jax.schedules import polynomial_schedule as polynomial_schedule
+from agp_jax.schedules import schedule_within as schedule_within
 from agp_jax.structures import Structure as Structure
 from agp_jax.structures import block as block
 from agp_jax.structures import channels as channels

@@ -257,6 +257,44 @@ def polynomial_schedule(
     )
 
 
+def schedule_within(
+    num_steps: int,
+    final_sparsity: float | Fraction,
+    *,
+    begin: float = 0.25,
+    end: float = 0.75,
+    frequency: int = 0,
+    initial_sparsity: float | Fraction = 0.0,
+    power: float = 3.0,
+) -> Schedule:
+    """A polynomial schedule whose window is given in fractions of a run.
+
+    Args:
+      num_steps: of the whole run.
+      final_sparsity: see `polynomial_schedule`, as the others.
+      begin: where in the run the first event lies, rounded to a step.
+      end: where the last one may lie at the latest.
+      frequency: steps between events; by default a hundredth of the window.
+
+    >>> print(schedule_within(1000, 0.8, begin=0.25, end=0.75, frequency=250))
+    3 events from step 250 to 750, every 250: sparsity 0 at 250, 0.7 at 500, 0.8 at 750
+    """
+    if not 0 <= begin <= end <= 1:
+        raise ValueError(
+            f"a window must satisfy 0 <= begin <= end <= 1, fractions of the run, got "
+            f"begin={begin}, end={end}"
+        )
+    first, last = round(begin * num_steps), round(end * num_steps)
+    return polynomial_schedule(
+        final_sparsity,
+        begin_step=first,
+        end_step=last,
+        frequency=frequency or max((last - first) // 100, 1),
+        initial_sparsity=initial_sparsity,
+        power=power,
+    )
+
+
 def one_shot(sparsity: float | Fraction, *, step: int = 0) -> Schedule:
     """Prunes once, at `step`.
 

@@ -412,3 +412,22 @@ def test_a_long_schedule_prints_a_few_true_points():
     assert (points[0][1], points[-1][1]) == ("500", "40100")
     for level, step in points:
         assert level == f"{formula(schedule)[int(step)]:.4g}"
+
+
+# Windows
+
+
+def test_a_window_is_given_in_fractions_of_a_run():
+    schedule = agp.schedule_within(40_000, 0.8, begin=0.25, end=0.75, power=1.0)
+    assert (schedule.begin_step, schedule.end_step) == (10_000, 30_000)
+    assert schedule.frequency == 200
+    assert schedule.sparsity_at(20_000) == 0.4
+    once = agp.schedule_within(1000, 0.5, begin=0.5, end=0.5)
+    assert once == agp.one_shot(0.5, step=500)
+
+
+@pytest.mark.parametrize("window", [(0.5, 0.25), (-0.1, 0.5), (0.5, 1.5)])
+def test_a_window_lies_within_the_run(window):
+    begin, end = window
+    with pytest.raises(ValueError, match="0 <= begin <= end <= 1"):
+        agp.schedule_within(1000, 0.5, begin=begin, end=end)
