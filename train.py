@@ -8,7 +8,7 @@
 The same command again resumes a run that was stopped. On several hosts each runs the
 same command with --distributed; docs/pods.md has the rest. --plan trains nothing and
 needs no data: it shows what the run would end with, and writes it to plan.json if a
---workdir is given.
+--workdir is given. --sample="The " has a trained language model go on with that text.
 """
 
 import re
@@ -23,6 +23,7 @@ from agp_jax.models.torch_weights import WeightsError
 from agp_jax.training.config import ConfigError
 from agp_jax.training.loop import run, show_plan
 from agp_jax.training.processes import ProcessError, connect, leave
+from agp_jax.training.sampling import write_text
 from agp_jax.training.workdirs import WorkdirError
 
 _EMBEDDED = Path(__file__).parent / "configs" / "digits_resnet20_element_90.py"
@@ -35,6 +36,14 @@ _WORKDIR = flags.DEFINE_string(
 )
 _PLAN = flags.DEFINE_boolean(
     "plan", False, "Show the events, every tensor and the totals; train nothing."
+)
+_SAMPLE = flags.DEFINE_string(
+    "sample", None, "Train nothing: write a text that begins so, from the checkpoint."
+)
+_SAMPLE_LENGTH = flags.DEFINE_integer("sample_length", 400, "Its length in tokens.")
+_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "The seed of its draws.")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 1.0, "What logits are divided by; 0 takes the likeliest token."
 )
 _DISTRIBUTED = flags.DEFINE_boolean(
     "distributed",
@@ -64,8 +73,20 @@ def main(arguments: list[str]) -> None:
         connect(*address)
     if _PLAN.value:
         show_plan(_CONFIG.value, _WORKDIR.value)
-    else:
-        run(_CONFIG.value, _WORKDIR.value or _default_workdir())
+        return
+    workdir = _WORKDIR.value or _default_workdir()
+    if _SAMPLE.value is None:
+        run(_CONFIG.value, workdir)
+        return
+    text = write_text(
+        _CONFIG.value,
+        workdir,
+        _SAMPLE.value,
+        length=_SAMPLE_LENGTH.value,
+        temperature=_TEMPERATURE.value,
+        seed=_SAMPLE_SEED.value,
+    )
+    print(text)
 
 
 def _default_workdir() -> Path:

@@ -101,6 +101,18 @@ def _number_contests(entrants: Sequence[Entrant], rules: Sequence[Rule]) -> _Con
     return _Contests(placed, np.array(sizes, np.int64), schedules)
 
 
+def count_removed(rule: Rule, num_cells: int, step: int) -> int:
+    """How many of `num_cells` cells that compete by a rule are gone at `step`."""
+    assert rule.schedule is not None and rule.structure is not None  # it prunes
+    schedule, passed = rule.schedule, rule.schedule.num_events_until(step)
+    if rule.structure.keep_n_of_m is None:
+        (count,) = _exact_floors(schedule, np.array([num_cells]))[passed].tolist()
+        return min(count, max(num_cells - 1, 0))
+    _, m, _ = rule.structure.keep_n_of_m
+    lost = _exact_floors(_in_parts(schedule, m), np.array([m]))[passed].item()
+    return num_cells // m * lost
+
+
 def _num_removed(
     schedule: Schedule, sizes: np.ndarray, step: int | jax.Array
 ) -> jax.Array:
@@ -132,13 +144,14 @@ def _exact_floors(schedule: Schedule, sizes: np.ndarray) -> np.ndarray:
 
 
 def _num_removed_of_m(schedule: Schedule, m: int, step: int | jax.Array) -> jax.Array:
-    """int32 scalar: how many of each m are to be gone at `step`.
+    """int32 scalar: how many of each m are to be gone at `step`."""
+    return _num_removed(_in_parts(schedule, m), np.array([m]), step)[0]
 
-    The ends of a schedule that are meant as k / m may be no decimals, as 2 / 3.
-    """
-    exact = dataclasses.replace(
+
+def _in_parts(schedule: Schedule, m: int) -> Schedule:
+    """The ends of a schedule that are meant as k / m may be no decimals, as 2 / 3."""
+    return dataclasses.replace(
         schedule,
         initial_sparsity=in_parts(schedule.initial_sparsity, m),
         final_sparsity=in_parts(schedule.final_sparsity, m),
     )
-    return _num_removed(exact, np.array([m]), step)[0]

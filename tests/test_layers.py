@@ -92,15 +92,18 @@ ORDER += [
     "training.tasks",  # what is learned, as the loop sees it
     "training.config",  # an experiment as plain values
     "training.classification",  # the task of images
+    "training.language",  # and that of text
     "training.optimizers",  # how weights move
     "training.meshes",  # where arrays live
     "training.experiment",  # a config made concrete
     "training.steps",  # its jitted steps
+    "training.courses",  # weights and work over training
     "training.plans",  # what a run will end with
     "training.counts",  # how much of every kernel is left
     "training.processes",  # how several train one model
     "training.workdirs",  # the home of a run
     "training.checkpoint",  # what it can go on from
+    "training.sampling",  # text that a trained model writes
     "training.records",  # what it writes for programs
     "training.reports",  # and tells people
     "training.loop",  # the run itself

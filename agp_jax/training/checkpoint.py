@@ -43,10 +43,11 @@ class CheckpointError(WorkdirError):
 
 @contextlib.contextmanager
 def open_checkpoints(
-    workdir: PathLike, *, keep: int = 2
+    workdir: PathLike, *, keep: int = 2, writes: bool = True
 ) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints under `workdir`, for the functions below.
 
+    Without `writes` they can be read alone, also those of a run in progress.
     On disk stay the latest `keep` steps and, if it is older, the best one. What an
     interrupted save left behind is removed. Leaving the `with` block waits until the
     last save is complete. One run at a time may open a work directory.
@@ -57,7 +58,7 @@ def open_checkpoints(
     """
     if keep < 1:
         raise ValueError(f"keep at least 1 checkpoint, got keep={keep}")
-    manager = _open_manager(workdir, keep=keep, writes=True)
+    manager = _open_manager(workdir, keep=keep, writes=writes)
     try:
         yield manager
     finally:

@@ -12,9 +12,11 @@ from typing import Any
 
 from agp_jax.data import DATASETS
 from agp_jax.data.augmentations import AUGMENTATIONS
-from agp_jax.models import MODELS
+from agp_jax.data.corpora import CORPORA, corpus_facts
+from agp_jax.data.text import steps_per_epoch
+from agp_jax.models import LANGUAGE_MODELS, MODELS
 from agp_jax.rules import Rule
-from agp_jax.schedules import Schedule, polynomial_schedule
+from agp_jax.schedules import Schedule, polynomial_schedule, schedule_within
 from agp_jax.training.published import Published
 from agp_jax.training.tasks import Task
 
@@ -25,17 +27,23 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass
 class Data:
-    """The images.
+    """The images, or the text.
 
     Attributes:
-      name: a dataset of `agp_jax.data.DATASETS`.
-      dir: where TFDS keeps datasets; empty for its usual place.
+      name: a dataset of `agp_jax.data.DATASETS`, or a text of
+        `agp_jax.data.corpora.CORPORA`.
+      dir: where TFDS keeps datasets, empty for its usual place; of a text, where its
+        files are.
       augment: a way of varying training images, of
         `agp_jax.data.augmentations.AUGMENTATIONS`.
       image_size: height and width of the crops that are trained on, where the images
         themselves are of many sizes; 0 for the dataset's own.
       hold_out: the fraction of the training images that are kept from training, and
         which the best checkpoint is then chosen by; 0 for none.
+      bptt: of a text, how many tokens a row of a batch has: how far back in time
+        gradients reach.
+      eval_rows: of a text, how many rows it is divided into when a model is evaluated;
+        1 is the text as one long sequence.
     """
 
     name: str = "digits"
@@ -43,6 +51,8 @@ class Data:
     augment: str = "none"
     image_size: int = 0
     hold_out: float = 0.0
+    bptt: int = 35
+    eval_rows: int = 1
 
 
 @dataclasses.dataclass
@@ -50,15 +60,30 @@ class Model:
     """The network.
 
     Attributes:
-      name: a model of `agp_jax.models.MODELS`.
-      width: channels of its first stage; 0 for the published width.
+      name: a model of `agp_jax.models.MODELS`; for a text, of `LANGUAGE_MODELS` there.
+      width: channels of its first stage, or of a model of text all over; 0 for the
+        published width.
       weights: a file of published weights to start from, see
         `agp_jax.models.torch_weights`; empty to start from random ones.
+      depth: how many layers a model of text has; 0 for its own default.
+      dropout: the fraction that a model of text drops in training.
+      tied: whether an "lstm" decodes with its embedding; "gpt" always does.
+      num_heads: of queries in each layer of a "gpt".
+      num_kv_heads: of keys and values; 0 for as many as of queries.
+      dtype: what the layers of a "gpt" compute in, "float32" or "bfloat16".
+      remat: whether a "gpt" computes its layers again for the gradient.
     """
 
     name: str = "resnet20"
     width: int = 0
     weights: str = ""
+    depth: int = 0
+    dropout: float = 0.0
+    tied: bool = True
+    num_heads: int = 8
+    num_kv_heads: int = 0
+    dtype: str = "float32"
+    remat: bool = False
 
 
 @dataclasses.dataclass
@@ -85,6 +110,8 @@ class Optimizer:
       nesterov: of "sgd".
       weight_decay: times the weights; added to the gradient ("sgd") or decoupled
         ("adamw").
+      clip_norm: gradients whose norm over all parameters is larger are scaled to it; 0
+        for none.
     """
 
     name: str = "sgd"
@@ -102,6 +129,7 @@ class Optimizer:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
+    clip_norm: float = 0.0
 
 
 @dataclasses.dataclass
@@ -132,6 +160,8 @@ class Prune:
       begin_step: the first event.
       end_step: no event lies after it.
       frequency: steps between events.
+      begin, end: instead of these steps, the first event and the latest end as
+        fractions of the run; an `end` of 0 leaves it at steps.
       power: exponent of the curve, 3 in arXiv:1710.01878.
       rules: see `agp.Rule`; the first that matches a parameter wins.
       fold_norms: whether convolution kernels are ranked as they are once the
@@ -144,6 +174,9 @@ class Prune:
         `coupled`, what follows from the masks alone is cut, and the model's function
         changes as what it added to the masked filters goes, too.
       round_to: a cut leaves multiples of this many units.
+      twin: trains, instead of the pruned model, a dense one of equal size, the same
+        but narrower: "final" of as many weights as the pruned one has left in the end,
+        "average" as it has on average over training; empty for the pruned one.
     """
 
     enabled: bool = True
@@ -152,12 +185,15 @@ class Prune:
     begin_step: int = 0
     end_step: int = 0
     frequency: int = 1
+    begin: float = 0.0
+    end: float = 0.0
     power: float = 3.0
     rules: tuple[Rule, ...] = ()
     fold_norms: bool = False
     coupled: bool = False
     cut_step: int = 0
     round_to: int = 1
+    twin: str = ""
 
 
 @dataclasses.dataclass
@@ -205,13 +241,16 @@ class Config:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches the training images make, the last one perhaps smaller.
+        """How many batches the training data makes; of images the last may be smaller.
 
         Raises:
           ConfigError: with a task of your own, whose data is not known here.
         """
         if self.task is not None:
             raise ConfigError("config.steps_per_epoch is not known with config.task")
+        if self.data.name in CORPORA:
+            size = corpus_facts(self.data.name).sizes.train
+            return steps_per_epoch(size, self.batch_size, self.data.bptt)
         size = DATASETS[self.data.name].train_size
         size -= math.floor(self.data.hold_out * size)
         return -(-size // self.batch_size)
@@ -240,9 +279,7 @@ def validate(config: Config) -> tuple[Rule, ...]:
     )
     _require(config, "devices.fsdp", lambda x: x > 0, "at least 1")
     if config.task is None:
-        _require_one_of(config, "data.name", DATASETS)
-        _require_one_of(config, "data.augment", AUGMENTATIONS)
-        _require_one_of(config, "model.name", MODELS)
+        _check_data_and_model(config)
     elif config.model.weights:
         raise ConfigError(
             f"config.model.weights must be empty with config.task, as weights are read "
@@ -268,15 +305,41 @@ def validate(config: Config) -> tuple[Rule, ...]:
     )
     _require(config, "optimizer.decay_factor", lambda x: 0 < x < 1, "between 0 and 1")
     _require(config, "optimizer.decay_every", lambda x: x > 0, "at least 1")
+    _require(config, "optimizer.clip_norm", lambda x: 0 <= x < math.inf, "at least 0")
     for name in ("decay_begin", "decay_end", "decay_origin", "patience", "cooldown"):
         _require(config, f"optimizer.{name}", lambda x: x >= 0, "at least 0")
     _require(config, "data.image_size", lambda x: x >= 0, "at least 0")
     _require(config, "data.hold_out", lambda x: 0 <= x < 1, "in [0, 1)")
     _require(config, "lasso.strength", lambda x: 0 <= x < math.inf, "at least 0")
+    _require_one_of(config, "prune.twin", ("", "final", "average"))
     _require(config, "prune.round_to", lambda x: x > 0, "at least 1")
     rules = make_rules(config)
     _check_cut_step(config, rules)
     return rules
+
+
+def _check_data_and_model(config: Config) -> None:
+    _require_one_of(config, "data.name", [*DATASETS, *CORPORA])
+    if config.data.name in DATASETS:
+        _require_one_of(config, "data.augment", AUGMENTATIONS)
+        _require_one_of(config, "model.name", MODELS)
+        return
+    for name, usual in (("augment", "none"), ("image_size", 0), ("hold_out", 0.0)):
+        what = f"{usual!r} with a text, which has parts of its own"
+        _require(config, f"data.{name}", lambda x, usual=usual: x == usual, what)
+    for name in ("data.bptt", "data.eval_rows", "model.num_heads"):
+        _require(config, name, lambda x: x > 0, "at least 1")
+    for name in ("model.depth", "model.num_kv_heads"):
+        _require(config, name, lambda x: x >= 0, "at least 0")
+    _require_one_of(config, "model.name", LANGUAGE_MODELS)
+    _require_one_of(config, "model.dtype", ("float32", "bfloat16"))
+    _require(config, "model.dropout", lambda x: 0 <= x < 1, "in [0, 1)")
+    _require(config, "model.weights", lambda x: not x, "empty with a text")
+    _require(config, "prune.fold_norms", lambda x: not x, "False with a text")
+    try:
+        _ = config.steps_per_epoch
+    except ValueError as error:
+        raise ConfigError(f"config.data: {error}") from error
 
 
 def _check_cut_step(config: Config, rules: Sequence[Rule]) -> None:
@@ -318,14 +381,7 @@ def make_rules(config: Config) -> tuple[Rule, ...]:
         if not isinstance(rule, Rule):
             raise ConfigError(f"config.prune.rules must be agp.Rules, got {rule!r}")
     try:
-        shared = polynomial_schedule(
-            prune.final_sparsity,
-            begin_step=prune.begin_step,
-            end_step=prune.end_step,
-            frequency=prune.frequency,
-            initial_sparsity=prune.initial_sparsity,
-            power=prune.power,
-        )
+        shared = _shared_schedule(prune, config.steps)
         rules = tuple(
             dataclasses.replace(rule, schedule=shared)
             if rule.structure and not rule.schedule
@@ -347,6 +403,26 @@ def make_rules(config: Config) -> tuple[Rule, ...]:
                 f"config.prune.end_step"
             )
     return rules
+
+
+def _shared_schedule(prune: Prune, steps: int) -> Schedule:
+    curve: dict[str, Any] = {
+        "frequency": prune.frequency,
+        "initial_sparsity": prune.initial_sparsity,
+        "power": prune.power,
+    }
+    if prune.begin or prune.end:
+        if prune.begin_step or prune.end_step:
+            raise ValueError("give begin and end, or begin_step and end_step, not both")
+        return schedule_within(
+            steps, prune.final_sparsity, begin=prune.begin, end=prune.end, **curve
+        )
+    return polynomial_schedule(
+        prune.final_sparsity,
+        begin_step=prune.begin_step,
+        end_step=prune.end_step,
+        **curve,
+    )
 
 
 def to_dict(value: Any) -> Any:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agp_jax.costs import Cost, measure_cost
 from agp_jax.couplings import Couplings
+from agp_jax.data.corpora import CORPORA
 from agp_jax.masks import apply_masks
 from agp_jax.models.folding import fold_norms
 from agp_jax.models.torch_weights import (
@@ -29,6 +30,7 @@ from agp_jax.thinning.states import thin_opt_state
 from agp_jax.thinning.trees import thin
 from agp_jax.training.classification import make_classification
 from agp_jax.training.config import Config, ConfigError, last_event, validate
+from agp_jax.training.language import make_language
 from agp_jax.training.meshes import make_mesh, place
 from agp_jax.training.optimizers import make_optimizer
 from agp_jax.training.tasks import Task
@@ -157,7 +159,8 @@ def set_up(config: Config) -> Experiment:
 
 def _make_task(config: Config) -> Task:
     if config.task is None:
-        return make_classification(config)
+        is_text = config.data.name in CORPORA
+        return make_language(config) if is_text else make_classification(config)
     task = config.task(config)
     if not isinstance(task, Task):
         raise ConfigError(

@@ -26,6 +26,7 @@ from agp_jax.training.counts import (
     total_sparsity,
     total_target,
 )
+from agp_jax.training.courses import Course, items_per_step, make_course
 from agp_jax.training.experiment import (
     Experiment,
     State,
@@ -40,7 +41,7 @@ from agp_jax.training.experiment import (
 )
 from agp_jax.training.meshes import put_batch
 from agp_jax.training.optimizers import note_loss, rate_of_step
-from agp_jax.training.plans import Plan, make_plan
+from agp_jax.training.plans import Plan, find_twin, make_plan
 from agp_jax.training.processes import check_same, failing_together
 from agp_jax.training.records import (
     append_metrics,
@@ -51,15 +52,16 @@ from agp_jax.training.records import (
 )
 from agp_jax.training.steps import Sums, make_eval_step, make_train_step
 from agp_jax.training.tasks import Batch, Splits
-from agp_jax.training.workdirs import check_workdir
+from agp_jax.training.workdirs import WorkdirError, check_workdir
 from agp_jax.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run holds beside its state; a cut replaces the first three."""
+    """What a run holds beside its state; a cut replaces the first four."""
 
     experiment: Experiment
+    course: Course
     train_step: Callable[[State, Batch], tuple[State, Sums]]
     eval_step: Callable[..., tuple[Sums, PyTree]]
     splits: Splits
@@ -98,6 +100,7 @@ def run(
         console = Console(quiet=jax.process_index() > 0)
     workdir = Path(workdir)
     with failing_together():
+        config = find_twin(config)
         experiment = set_up(config)
         splits = experiment.task.load()
         resumes = checkpoint.has_steps(workdir)
@@ -105,7 +108,9 @@ def run(
     check_same([_checksum(config)], "the processes were started with different configs")
     check_workdir(workdir, to_dict(config), to_dict(Config()))
     with checkpoint.open_checkpoints(workdir) as manager:
+        course = make_course(experiment)
         if resumes:
+            _check_saved(manager, splits)
             experiment, state = _resume(experiment, manager)
         else:
             state = init_state(experiment, weights)
@@ -119,6 +124,7 @@ def run(
                 experiment=experiment,
                 train_step=make_train_step(experiment),
                 eval_step=make_eval_step(experiment),
+                course=_course_of(course, experiment),
                 splits=splits,
                 manager=manager,
                 workdir=workdir,
@@ -144,7 +150,7 @@ def show_plan(
         console = Console()
         if not console.is_terminal:
             console.width = 120  # tables in a file keep paths whole
-    experiment = set_up(config)
+    experiment = set_up(find_twin(config))
     plan = make_plan(experiment)
     reports.print_plan(console, plan, experiment)
     if workdir is not None:
@@ -169,6 +175,18 @@ def _resume(
     variables = items["variables"]
     params = variables.pop("params")
     return experiment, State(params=params, collections=variables, **items["training"])
+
+
+def _check_saved(manager: CheckpointManager, splits: Splits) -> None:
+    """Whether the data is what the run began with."""
+    for name, value in splits.saved.items():
+        stored = checkpoint.read_value(manager, name)
+        if stored != json.loads(json.dumps(value)):
+            raise WorkdirError(
+                f"the data's {name} is not that of the checkpoints in "
+                f"{manager.directory}: resume with the data that the run began with, "
+                f"or give a new work directory"
+            )
 
 
 def as_items(state: State) -> dict[str, PyTree]:
@@ -215,6 +233,7 @@ def _take_stock(
     num_items = sum(float(sums["count"]) for sums in jax.device_get(recent))
     record = {
         **_measure(run.experiment, state, recent),
+        "average_weights": run.course.average_weights(step),
         **_evaluate(run, state),
         **before_cut,
         "learning_rate": rate_of_step(config, state.opt_state, step),
@@ -239,7 +258,9 @@ def _save(run: Run, state: State, record: Mapping[str, Any]) -> None:
         quality = experiment.task.quality
         score = record[f"{_judging_split(run)}_{quality.name}"]
         score = score if quality.higher_is_better else -score
-    values = {"cut": experiment.cut.to_dict()} if experiment.cut else {}
+    values = dict(run.splits.saved)
+    if experiment.cut:
+        values["cut"] = experiment.cut.to_dict()
     checkpoint.save(
         run.manager, record["step"], as_items(state), score=score, values=values
     )
@@ -299,10 +320,18 @@ def _cut_out(run: Run, state: State) -> tuple[Run, State]:
     run = dataclasses.replace(
         run,
         experiment=smaller,
+        course=_course_of(run.course, smaller),
         train_step=make_train_step(smaller),
         eval_step=make_eval_step(smaller),
     )
     return run, state
+
+
+def _course_of(whole: Course, experiment: Experiment) -> Course:
+    """The course of a run, of which the whole model's is known, and of any cut."""
+    if experiment.cut is None:
+        return whole
+    return whole.then(make_course(experiment), experiment.config.prune.cut_step)
 
 
 def _count_weights(experiment: Experiment, state: State) -> list[TensorCount]:
@@ -359,6 +388,7 @@ def _finish(run: Run, state: State) -> dict | None:
         "nonzero": sum(c.nonzero for c in counts),
         "params": sum(c.weights for c in counts),
         "all_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        **_describe_training(run),
         "cut": _describe_cut(experiment, records) if experiment.cut else None,
         "config": to_dict(experiment.config),
     }
@@ -369,6 +399,16 @@ def _finish(run: Run, state: State) -> dict | None:
     reports.print_result(run.console, experiment.task, counts, summary)
     run.console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
     return summary
+
+
+def _describe_training(run: Run) -> dict[str, Any]:
+    """What the whole training has had in weights and computed."""
+    experiment, steps = run.experiment, run.experiment.config.steps
+    items = items_per_step(experiment)
+    return {
+        "average_weights": run.course.average_weights(steps),
+        "training_macs": run.course.training_macs(steps, items),
+    }
 
 
 def _describe_cut(

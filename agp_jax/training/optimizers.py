@@ -63,6 +63,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             optax.add_decayed_weights(optimizer.weight_decay),
             optax.sgd(learning_rate, optimizer.momentum, optimizer.nesterov),
         )
+    if optimizer.clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), tx)
     if optimizer.decay != "plateau":
         return tx
     plateau = _make_plateau(config)

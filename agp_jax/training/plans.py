@@ -1,7 +1,8 @@
 """What an experiment will end with, found without data or training.
 
-Every number is counted on masks that `make_masks` has made and on what `thin` has left,
-of weights drawn at random: which weights go depends on them, how many does not.
+Where each tensor is ranked by itself and nothing is cut, schedules and shapes tell all
+numbers. Else they are counted on masks that `make_masks` has made and on what `thin`
+has left, of random weights: which weights go depends on them, how many does not.
 """
 
 import dataclasses
@@ -18,13 +19,19 @@ from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
 from agp_jax.structures import num_cells
 from agp_jax.thinning.trees import thin
-from agp_jax.training.config import last_event
+from agp_jax.training.config import Config, ConfigError, last_event
+from agp_jax.training.courses import (
+    count_nonzero_by_path,
+    items_per_step,
+    make_course,
+)
 from agp_jax.training.experiment import (
     Experiment,
     as_variables,
     cost_per_item,
     cut_experiment,
     cut_of_masks,
+    set_up,
 )
 from agp_jax.trees import PyTree, flatten_with_paths
 
@@ -58,12 +65,17 @@ class Plan:
       tensors: every convolution and dense kernel: what published results count.
       before: the cost of the model for one item, before any cut.
       after: the same in the end, with non-zero weights.
+      average_weights: how many weights are not zero on average over training.
+      training_macs: the multiply-adds of the whole training, backward passes included;
+        zeros are multiplied, what is cut out is not.
     """
 
     rules: tuple[Rule, ...]
     tensors: tuple[TensorPlan, ...]
     before: Cost
     after: Cost
+    average_weights: float
+    training_macs: int
 
     @property
     def nonzero(self) -> int:
@@ -85,6 +97,8 @@ class Plan:
             "sparsity": 100 * self.sparsity,
             "macs_dense": self.before.macs,
             "macs": self.after.macs,
+            "average_weights": self.average_weights,
+            "training_macs": self.training_macs,
             "rules": [_describe_rule(rule) for rule in self.rules],
             "tensors": [
                 {
@@ -119,6 +133,40 @@ def make_plan(experiment: Experiment) -> Plan:
     sum is exact.
     """
     first, cut_step = experiment, experiment.config.prune.cut_step
+    if experiment.couplings or any(rule.scope == "rule" for rule in experiment.rules):
+        experiment, after = _rank(experiment)
+    else:
+        after = _count(experiment)
+    before, course = first.whole_cost, make_course(first)
+    if experiment.cut:
+        course = course.then(make_course(experiment), cut_step)
+    steps = first.config.steps
+    return Plan(
+        rules=tuple(rule for rule in first.rules if rule.structure),
+        tensors=_pair(first, experiment, before, after),
+        before=before,
+        after=after,
+        average_weights=course.average_weights(steps),
+        training_macs=course.training_macs(steps, items_per_step(first)),
+    )
+
+
+def _count(experiment: Experiment) -> Cost:
+    """The cost in the end of an experiment that nothing needs to be ranked for."""
+    counts = count_nonzero_by_path(experiment, experiment.config.steps)
+    start = "params/"
+    leaves = [
+        dataclasses.replace(leaf, nonzero=int(counts[leaf.path.removeprefix(start)]))
+        if leaf.path.startswith(start)
+        else leaf
+        for leaf in experiment.cost.leaves
+    ]
+    return dataclasses.replace(experiment.cost, leaves=tuple(leaves))
+
+
+def _rank(experiment: Experiment) -> tuple[Experiment, Cost]:
+    """The experiment and its cost in the end, by masks of random weights."""
+    cut_step = experiment.config.prune.cut_step
     params = _draw(experiment.whole["params"])
     masks, begin = _keep_all(experiment), 0
     if experiment.couplings and cut_step:
@@ -129,13 +177,53 @@ def make_plan(experiment: Experiment) -> Plan:
     masks = _prune(experiment, params, masks, begin, experiment.config.steps)
     variables = as_variables(experiment.shapes)
     variables["params"] = apply_masks(params, masks)
-    before = first.whole_cost
-    after = cost_per_item(experiment.task, experiment.predict, variables)
-    return Plan(
-        rules=tuple(rule for rule in first.rules if rule.structure),
-        tensors=_pair(first, experiment, before, after),
-        before=before,
-        after=after,
+    cost = cost_per_item(experiment.task, experiment.predict, variables)
+    return experiment, cost
+
+
+def find_twin(config: Config) -> Config:
+    """The dense experiment of equal size that `config.prune.twin` asks for.
+
+    It has the same model, as wide as makes its weights nearest to those of the pruned
+    one. Without a `twin` the config comes back as it is.
+
+    Raises:
+      ConfigError: if the model is one of a task of your own, whose width is not known
+        here, or no width makes one.
+    """
+    asked = config.prune.twin
+    if not asked or not config.prune.enabled:
+        return config
+    if config.task is not None:
+        raise ConfigError(
+            "config.prune.twin chooses the width of a bundled model; with config.task "
+            "give your dense model its width yourself"
+        )
+    pruned = dataclasses.replace(config, prune=dataclasses.replace(config.prune))
+    pruned.prune.twin = ""
+    plan = make_plan(set_up(pruned))
+    wanted = plan.nonzero if asked == "final" else plan.average_weights
+    dense = dataclasses.replace(config.prune, enabled=False)
+
+    def of_width(width: int) -> Config:
+        model = dataclasses.replace(config.model, width=width)
+        return dataclasses.replace(config, model=model, prune=dense)
+
+    def weights(width: int) -> int:
+        return set_up(of_width(width)).whole_cost.weight_params
+
+    unit = 2 * config.model.num_heads if config.model.name == "gpt" else 1
+    narrow, wide = 1, 2  # in units; of fewer and of more weights than wanted
+    while weights(wide * unit) < wanted:
+        narrow, wide = wide, 2 * wide
+    while wide - narrow > 1:
+        middle = (narrow + wide) // 2
+        if weights(middle * unit) < wanted:
+            narrow = middle
+        else:
+            wide = middle
+    return of_width(
+        unit * min((narrow, wide), key=lambda n: abs(weights(n * unit) - wanted))
     )
 
 

@@ -22,6 +22,8 @@ class Published:
       macs: how many multiply-adds per image are left.
       top1: percent of test images classified correctly.
       base_top1: the same before pruning.
+      perplexity: of the test text.
+      base_perplexity: the same of the dense model.
       errata: what is wrong in these figures, a sentence each.
     """
 
@@ -34,6 +36,8 @@ class Published:
     macs: int | None = None
     top1: str | None = None
     base_top1: str | None = None
+    perplexity: str | None = None
+    base_perplexity: str | None = None
     errata: tuple[str, ...] = ()
 
 

@@ -156,6 +156,10 @@ def _totals_table(plan: Plan, item: str) -> Table:
     ):
         table.add_row(title, f"{first:,}", f"{last:,}", f"{last / first:.4%}")
     table.add_row("sparsity", "", f"{100 * plan.sparsity:.5f} %", "")
+    average = plan.average_weights
+    kept = f"{average / before.weight_params:.4%}"
+    table.add_row("average weights in training", "", f"{average:,.0f}", kept)
+    table.add_row("multiply-adds of training", "", f"{plan.training_macs:.4g}", "")
     return table
 
 
@@ -176,6 +180,12 @@ def print_comparison(console: Console, plan: Plan, published: Published) -> None
         console.print(
             f"published accuracy: {published.top1} % top-1"
             + (f", {published.base_top1} % dense" if published.base_top1 else "")
+        )
+    if published.perplexity:
+        base = published.base_perplexity
+        console.print(
+            f"published test perplexity: {published.perplexity}"
+            + (f", {base} dense" if base else "")
         )
     for erratum in published.errata:
         console.print(f"note: {erratum}", soft_wrap=True, markup=False)

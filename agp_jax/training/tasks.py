@@ -24,11 +24,14 @@ class Splits(NamedTuple):
       test: every item once, in batches of one shape.
       validation: the same of what is kept from training to choose by; None if nothing
         is.
+      saved: JSON values by name that tell what a model's numbers mean, such as a
+        vocabulary; kept with the checkpoints. A run does not resume with others.
     """
 
     train: Callable[[int], Iterator[Batch]]
     test: Callable[[], Iterator[Batch]]
     validation: Callable[[], Iterator[Batch]] | None = None
+    saved: Mapping[str, Any] = {}
 
 
 class Quality(NamedTuple):

@@ -1,0 +1,161 @@
+"""Language models in training: text in, perplexity out, exact resume, units cut."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from runs import Stop, StopAt, assert_same_run, run_quietly
+
+import agp_jax as agp
+from agp_jax.training import checkpoint, loop
+from agp_jax.training.config import Config, ConfigError, Data, Model, Optimizer, Prune
+from agp_jax.training.experiment import set_up
+from agp_jax.training.records import read_metrics
+from agp_jax.training.sampling import write_text
+from agp_jax.training.workdirs import WorkdirError
+
+
+def lstm_config(**changes):
+    options = dict(
+        steps=20,
+        batch_size=8,
+        log_every=5,
+        checkpoint_every=5,
+        data=Data(name="pydoc_bytes", bptt=12, eval_rows=128),
+        model=Model(name="lstm", width=12, dropout=0.2),
+        optimizer=Optimizer(learning_rate=2.0, momentum=0.0, clip_norm=0.25),
+        prune=Prune(
+            final_sparsity=0.5,
+            begin_step=5,
+            end_step=10,
+            frequency=5,
+            rules=(
+                agp.Rule("layer0/(input|hidden)/kernel", agp.filters()),
+                agp.Rule("embedding/embedding", agp.element()),
+            ),
+            coupled=True,
+            cut_step=15,
+        ),
+    )
+    return Config(**(options | changes))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run_quietly(lstm_config(), workdir)
+    return workdir
+
+
+def test_a_text_is_learned_pruned_and_cut(uninterrupted):
+    records = read_metrics(uninterrupted)
+    assert [r["step"] for r in records] == [5, 10, 15, 20]
+    for r in records:
+        for split in ("test", "validation"):
+            np.testing.assert_allclose(
+                r[f"{split}_perplexity"], math.exp(r[f"{split}_loss"])
+            )
+        assert r["tokens_per_second"] > 0
+    assert records[-1]["test_perplexity"] < 256
+
+    cut = json.loads((uninterrupted / "summary.json").read_text())["cut"]
+    whole = 256 * 12 + 4 * 12 * 48
+    # The first layer has six units left, which the second reads.
+    left = 256 * 12 + 12 * 24 + 6 * 24 + 6 * 48 + 12 * 48
+    assert (cut["before"]["weights"], cut["after"]["weights"]) == (whole, left)
+    assert (cut["before"]["macs"], cut["after"]["macs"]) == (whole, left)
+    np.testing.assert_allclose(
+        cut["after"]["test_perplexity"], cut["before"]["test_perplexity"], rtol=1e-5
+    )
+
+
+def test_a_checkpoint_holds_carry_and_vocabulary(uninterrupted):
+    variables = checkpoint.restore_variables(uninterrupted, step="latest")
+    shapes = [variables["carry"][f"layer{i}"]["cell_state"].shape for i in (0, 1)]
+    assert shapes == [(8, 6), (8, 12)]
+    with checkpoint.open_checkpoints(uninterrupted) as manager:
+        vocabulary = checkpoint.read_value(manager, "vocabulary")
+        corpus = checkpoint.read_value(manager, "corpus")
+    assert vocabulary == {"unit": "byte", "entries": [chr(i) for i in range(256)]}
+    assert "CPython" in corpus["version"] and len(corpus["checksum"]) == 64
+
+
+def test_it_resumes_bit_for_bit_before_and_after_the_cut(uninterrupted, tmp_path):
+    for step in (10, 15):
+        with pytest.raises(Stop):
+            loop.run(lstm_config(), tmp_path, StopAt(step))
+    run_quietly(lstm_config(), tmp_path)
+    assert_same_run(tmp_path, uninterrupted, lstm_config())
+
+
+def test_a_checkpoint_writes_text_thinned_or_not(uninterrupted):
+    options = dict(length=20, seed=1)
+    text = write_text(lstm_config(), uninterrupted, "The ", **options)
+    assert text.startswith("The ") and len(text.encode()) >= 24
+    assert text == write_text(lstm_config(), uninterrupted, "The ", **options)
+    calm = write_text(lstm_config(), uninterrupted, "The ", length=20, temperature=0.0)
+    again = write_text(
+        lstm_config(), uninterrupted, "The ", length=20, temperature=0.0, seed=5
+    )
+    assert calm == again
+    with pytest.raises(ConfigError, match="begin with at least one token"):
+        write_text(lstm_config(), uninterrupted, "")
+
+
+@pytest.mark.filterwarnings("ignore:.*results are not comparable")
+def test_a_run_does_not_go_on_with_another_text(tmp_path):
+    text = "the cat sat on the mat and looked at the dog\n" * 40
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"ptb.{part}.txt").write_text(text)
+    config = lstm_config(
+        data=Data(name="ptb", dir=str(tmp_path), bptt=4, eval_rows=8),
+        model=Model(name="lstm", width=4),
+        prune=Prune(enabled=False),
+    )
+    with pytest.raises(Stop):
+        loop.run(config, tmp_path / "run", StopAt(10))
+    (tmp_path / "ptb.valid.txt").write_text("a bird\n" * 40)
+    with pytest.raises(WorkdirError, match="the data's corpus is not that of"):
+        run_quietly(config, tmp_path / "run")
+
+
+def test_a_decoder_trains_with_its_layers_stacked(tmp_path):
+    config = lstm_config(
+        steps=4,
+        log_every=2,
+        checkpoint_every=4,
+        model=Model(name="gpt", width=16, depth=2, num_heads=4, num_kv_heads=2),
+        optimizer=Optimizer(name="adamw", learning_rate=0.01, clip_norm=1.0),
+        prune=Prune(
+            final_sparsity=0.5,
+            end_step=2,
+            rules=(agp.Rule("blocks/.*/kernel", agp.element(), stacked_axes=1),),
+        ),
+    )
+    summary = run_quietly(config, tmp_path)
+    params = checkpoint.restore_variables(tmp_path, step="latest")["params"]
+    for kind in ("gate", "up", "down"):
+        kernel = params["blocks"]["mlp"][kind]["kernel"]
+        assert kernel.shape[0] == 2
+        for layer in kernel:  # each for itself
+            assert (layer == 0).sum() == layer.size // 2
+    assert summary["test_perplexity"] < 256
+    text = write_text(config, tmp_path, "def", length=15)  # beyond a window of 12
+    assert text.startswith("def") and len(text.encode()) >= 18
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model=Model(name="resnet20")), "config.model.name must be one of lstm"),
+        (dict(model=Model(name="gpt", dtype="half")), "config.model.dtype must be one"),
+        (dict(data=Data(name="pydoc_bytes", bptt=0)), "config.data.bptt must be at"),
+        (dict(data=Data(name="pydoc_bytes", augment="shift")), "config.data.augment"),
+        (dict(data=Data(name="pydoc_bytes", bptt=10**6)), "choose a smaller batch"),
+        (dict(data=Data(name="digits")), "config.model.name must be one of mlp"),
+    ],
+)
+def test_what_does_not_go_with_a_text_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        set_up(lstm_config(**changes))
