@@ -20,6 +20,7 @@ from agp_jax.training.published import Published, compare  # noqa: E402
 
 PAGE = ROOT / "docs" / "published.md"
 BEGIN, END = "<!-- python docs/published.py -->\n", "<!-- end of tables -->\n"
+BEGIN_LANGUAGE = "<!-- python docs/published.py, language -->\n"
 
 ROWS = (
     "alexnet_element_88",
@@ -40,6 +41,20 @@ ROWS = (
     "resnet20_filters_2",
     "resnet20_filters_3",
     "resnet20_filters_4",
+)
+
+
+LANGUAGE_ROWS = (
+    "wikitext2_lstm_small",
+    "wikitext2_lstm_medium",
+    "wikitext2_lstm_large",
+    "wikitext2_lstm_large_70",
+    "wikitext2_lstm_large_70b",
+    "wikitext2_lstm_large_73",
+    "wikitext2_lstm_large_80",
+    "wikitext2_lstm_large_90",
+    "wikitext2_lstm_large_95",
+    "wikitext2_lstm_large_base",
 )
 
 
@@ -90,6 +105,25 @@ def render(plans: Mapping[str, Plan]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_language(nonzero: Mapping[str, int]) -> str:
+    """The table of language models, as Markdown, of their non-zero weights by name."""
+    lines = [
+        "| config | non-zero weights | published | perplexity: test (dense) |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, count in nonzero.items():
+        published = _published(name)
+        theirs = "-" if published.nonzero is None else f"{published.nonzero:,}"
+        quality = published.perplexity or "-"
+        if published.base_perplexity:
+            quality += f" ({published.base_perplexity})"
+        lines.append(f"| `{name}` | {count:,} | {theirs} | {quality} |")
+    lines += ["", "What is wrong in the published figures:", ""]
+    for name in nonzero:
+        lines += [f"- `{name}`: {erratum}." for erratum in _published(name).errata]
+    return "\n".join(lines) + "\n"
+
+
 def _published(name: str) -> Published:
     published = load(name).published
     assert published is not None  # or it would be no row
@@ -105,10 +139,18 @@ def main() -> None:
     for name in ROWS:
         print(name, file=sys.stderr)
         plans[name] = make_plan(set_up(load(name)))
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(before + BEGIN + render(plans) + END + after)
+    _replace(BEGIN, render(plans))
+    counts = {}
+    for name in LANGUAGE_ROWS:
+        print(name, file=sys.stderr)
+        counts[name] = make_plan(set_up(load(name))).nonzero
+    _replace(BEGIN_LANGUAGE, render_language(counts))
+
+
+def _replace(begin: str, tables: str) -> None:
+    before, rest = PAGE.read_text().split(begin)
+    _, after = rest.split(END, maxsplit=1)
+    PAGE.write_text(before + begin + tables + END + after)
 
 
 if __name__ == "__main__":

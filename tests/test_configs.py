@@ -17,6 +17,7 @@ from runs import Stop, StopAt, run_quietly
 import agp_jax as agp
 import agp_jax.training.experiment
 from agp_jax.boxes import any_in_boxes
+from agp_jax.data.corpora import CORPORA
 from agp_jax.models import MODELS
 from agp_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from agp_jax.structures import box_shape
@@ -25,6 +26,7 @@ from agp_jax.training.experiment import (
     init_state,
     set_up,
 )
+from agp_jax.training.plans import make_plan
 from agp_jax.training.records import read_metrics
 from agp_jax.training.steps import make_train_step
 from agp_jax.trees import flatten_with_paths
@@ -40,8 +42,10 @@ def load(name):
     return importlib.import_module(f"configs.{name}").get_config()
 
 
-PUBLISHED = [name for name in FILES if load(name).published]
-OWN = [name for name in FILES if name not in PUBLISHED]
+TEXT = [name for name in FILES if load(name).data.name in CORPORA]
+IMAGES = [name for name in FILES if name not in TEXT]
+PUBLISHED = [name for name in IMAGES if load(name).published]
+OWN = [name for name in IMAGES if name not in PUBLISHED]
 
 # Small data is no news here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*results are not comparable")
@@ -174,6 +178,40 @@ def test_a_published_run_in_miniature(name, data_dirs, tmp_path, monkeypatch):
             summary["cut"][when]["weights"] for when in ("after", "before")
         )
         assert after < before
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in TEXT if not load(n).published] + ["wikitext2_lstm_large_80"]
+)
+def test_a_run_on_text_in_miniature(name, tmp_path):
+    """Through events and cut, with a narrow model and short rows, in twenty steps."""
+    config = load(name)
+    for part in ("train", "valid", "test"):
+        text = "a small text of few words that goes on and on\n" * 50
+        (tmp_path / f"wiki.{part}.tokens").write_text(text)
+    if config.data.name == "wikitext2":
+        config.data.dir = str(tmp_path)
+        epochs = [
+            dataclasses.replace(rule.schedule, begin_step=4, end_step=12, frequency=4)
+            for rule in config.prune.rules
+        ]
+        config.prune.rules = tuple(
+            dataclasses.replace(rule, schedule=schedule)
+            for rule, schedule in zip(config.prune.rules, epochs, strict=True)
+        )
+    config.data.bptt, config.data.eval_rows = 8, 256
+    config.model.width = 16
+    config.batch_size = 8
+    config.steps, config.log_every, config.checkpoint_every = 20, 7, 14
+    config.prune.frequency = 2
+    config.optimizer.warmup_steps = 2
+    config.prune.cut_step = 14 * (config.prune.cut_step > 0)
+    summary = run_quietly(config, tmp_path / "run")
+    assert 1 < summary["test_perplexity"] < 40_000
+    plan = make_plan(set_up(config))
+    assert summary["nonzero"] == plan.nonzero
+    assert summary["average_weights"] == plan.average_weights
+    assert (summary["cut"] is not None) == (config.prune.cut_step > 0)
 
 
 @pytest.mark.parametrize("name", FILES)
