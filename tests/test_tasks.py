@@ -209,3 +209,18 @@ def test_a_plan_reads_no_data_and_agrees_with_the_run(uninterrupted):
 def test_what_is_no_task_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         set_up(make_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(measure=lambda o, b: {"loss": 0.0}), "measure must give count and loss"),
+        (dict(describe=lambda means: means), "describe must give loss and error"),
+    ],
+)
+def test_a_task_that_misses_something_is_refused_before_it_runs(changes, message):
+    def make_task(config):
+        return make_echo(config)._replace(**changes)
+
+    with pytest.raises(ConfigError, match=message):
+        set_up(make_config(task=make_task))

@@ -33,7 +33,7 @@ from agp_jax.training.config import Config, ConfigError, last_event, validate
 from agp_jax.training.language import make_language
 from agp_jax.training.meshes import make_mesh, place
 from agp_jax.training.optimizers import make_optimizer
-from agp_jax.training.tasks import Task
+from agp_jax.training.tasks import Batch, Task
 from agp_jax.trees import PyTree
 
 Variables = dict[str, PyTree]
@@ -123,6 +123,8 @@ def set_up(config: Config) -> Experiment:
         )
     predict, forward = _functions(task.model, list(_without_params(variables)))
     inputs = jax.eval_shape(task.inputs, task.example)
+    if config.task is not None:
+        _check_task(task, predict, variables)
     couplings = ranking = None
     try:
         if rules and (config.prune.coupled or config.prune.cut_step):
@@ -168,6 +170,28 @@ def _make_task(config: Config) -> Task:
             f"agp_jax.training.tasks.Task of the config, but it made {task!r}"
         )
     return task
+
+
+def _check_task(task: Task, predict: Callable[..., Any], variables: Variables) -> None:
+    """Whether a task of one's own measures and describes what a run needs of it."""
+
+    def measure(variables: Variables, example: Batch) -> dict[str, jax.Array]:
+        outputs, _ = predict(variables, *task.inputs(example))
+        return task.measure(outputs, example)
+
+    sums = jax.eval_shape(measure, variables, task.example)
+    means = dict.fromkeys((name for name in sums if name != "count"), 1.0)
+    described = task.describe(means)
+    for what, names, needed in (
+        ("measure", sums, ("count", "loss")),
+        ("describe", described, ("loss", task.quality.name)),
+    ):
+        missing = [name for name in needed if name not in names]
+        if missing:
+            raise ConfigError(
+                f"config.task: {what} must give {' and '.join(needed)}, but gives "
+                f"{', '.join(names) or 'nothing'}"
+            )
 
 
 def _init_variables(task: Task, key: jax.Array) -> Variables:
