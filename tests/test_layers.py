@@ -101,6 +101,7 @@ ORDER += [
     "training.plans",  # what a run will end with
     "training.counts",  # how much of every kernel is left
     "training.processes",  # how several train one model
+    "training.evaluation",  # how good and how sparse a state is
     "training.workdirs",  # the home of a run
     "training.checkpoint",  # what it can go on from
     "training.sampling",  # text that a trained model writes

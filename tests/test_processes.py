@@ -22,6 +22,7 @@ from runs import Stop, StopAt, cut_config, state_on_disk, tiny_config, without_t
 import agp_jax as agp
 from agp_jax.training import checkpoint, loop, processes, workdirs
 from agp_jax.training.config import Devices, Prune
+from agp_jax.training.evaluation import agreed_fingerprint
 from agp_jax.training.experiment import init_state, set_up
 from agp_jax.training.processes import ProcessError
 from agp_jax.training.records import read_metrics
@@ -203,7 +204,7 @@ def disagree(address, directory, data_dir):
 
     experiment = set_up(small_config(data_dir))
     state = init_state(experiment)
-    fingerprint = loop._agreed_fingerprint(experiment, state)
+    fingerprint = agreed_fingerprint(experiment, state)
     masks = state.opt_state.masks
     masks["head"]["kernel"] = jax.make_array_from_callback(
         masks["head"]["kernel"].shape,
@@ -211,7 +212,7 @@ def disagree(address, directory, data_dir):
         lambda part: (np.arange(160).reshape(16, 10) > index)[part],
     )
     with pytest.raises(ProcessError, match="do not all have the same masks") as failure:
-        loop._agreed_fingerprint(experiment, state)
+        agreed_fingerprint(experiment, state)
     *_, first, second = str(failure.value).splitlines()
     assert first.startswith("  process 0: ") and second.startswith("  process 1: ")
     assert first[-8:] != second[-8:] and fingerprint not in (first, second)

@@ -5,7 +5,7 @@ import functools
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,17 @@ from orbax.checkpoint import CheckpointManager
 from rich.console import Console
 
 from agp_jax.costs import Cost
-from agp_jax.masks import fingerprint
-from agp_jax.pruning import get_masks
 from agp_jax.thinning.cuts import Cut
 from agp_jax.training import checkpoint, reports
 from agp_jax.training.config import Config, to_dict
-from agp_jax.training.counts import (
-    TensorCount,
-    count_weights,
-    total_sparsity,
-    total_target,
-)
+from agp_jax.training.counts import total_sparsity, total_target
 from agp_jax.training.courses import Course, items_per_step, make_course
+from agp_jax.training.evaluation import (
+    EvalStep,
+    count_state,
+    describe_training,
+    evaluate,
+)
 from agp_jax.training.experiment import (
     Experiment,
     State,
@@ -63,7 +62,7 @@ class Run:
     experiment: Experiment
     course: Course
     train_step: Callable[[State, Batch], tuple[State, Sums]]
-    eval_step: Callable[..., tuple[Sums, PyTree]]
+    eval_step: EvalStep
     splits: Splits
     manager: CheckpointManager
     workdir: Path
@@ -228,13 +227,13 @@ def _take_stock(
     task, before_cut = run.experiment.task, {}
     if step == config.prune.cut_step and run.experiment.couplings:
         judged = f"test_{task.quality.name}"
-        before_cut[f"masked_{judged}"] = _evaluate(run, state)[judged]
+        before_cut[f"masked_{judged}"] = _judge(run, state)[judged]
         run, state = _cut_out(run, state)
     num_items = sum(float(sums["count"]) for sums in jax.device_get(recent))
     record = {
-        **_measure(run.experiment, state, recent),
+        **describe_training(run.experiment, state, recent),
         "average_weights": run.course.average_weights(step),
-        **_evaluate(run, state),
+        **_judge(run, state),
         **before_cut,
         "learning_rate": rate_of_step(config, state.opt_state, step),
         "seconds_per_step": seconds / len(recent),
@@ -245,6 +244,10 @@ def _take_stock(
     if jax.process_index() == 0:
         append_metrics(run.workdir, record)
     return run, state, record
+
+
+def _judge(run: Run, state: State) -> dict[str, float]:
+    return evaluate(run.experiment, run.eval_step, run.splits, state)
 
 
 def _judging_split(run: Run) -> str:
@@ -264,51 +267,6 @@ def _save(run: Run, state: State, record: Mapping[str, Any]) -> None:
     checkpoint.save(
         run.manager, record["step"], as_items(state), score=score, values=values
     )
-
-
-def _measure(
-    experiment: Experiment, state: State, recent: Sequence[Sums]
-) -> dict[str, Any]:
-    """What was measured in training recently, and how sparse the state is."""
-    means = experiment.task.describe(_mean_per_item(recent))
-    counts = _count_weights(experiment, state)
-    return {
-        "step": int(state.step),
-        "loss": means.pop("loss"),
-        **{f"train_{name}": value for name, value in means.items()},
-        "sparsity_target": total_target(counts),
-        "sparsity": total_sparsity(counts),
-        "mask_fingerprint": _agreed_fingerprint(experiment, state),
-    }
-
-
-def _mean_per_item(sums: Sequence[Sums]) -> dict[str, float]:
-    totals = jax.tree.map(
-        lambda *x: float(np.sum(x, dtype=np.float64)), *jax.device_get(sums)
-    )
-    count = totals.pop("count")
-    return {name: total / count for name, total in totals.items()}
-
-
-def _evaluate(run: Run, state: State) -> dict[str, float]:
-    """What is reported of the test split, and of what was held out."""
-    task, mesh = run.experiment.task, run.experiment.mesh
-
-    def describe(batches: Iterator[Batch]) -> dict[str, float]:
-        collections, all_sums = state.collections, []
-        for batch in batches:
-            batch = put_batch(batch, mesh)
-            sums, collections = run.eval_step(state.params, collections, batch)
-            all_sums.append(sums)
-        return task.describe(_mean_per_item(all_sums))
-
-    splits = {"test": run.splits.test, "validation": run.splits.validation}
-    return {
-        f"{split}_{name}": value
-        for split, batches in splits.items()
-        if batches is not None
-        for name, value in describe(batches()).items()
-    }
 
 
 def _cut_out(run: Run, state: State) -> tuple[Run, State]:
@@ -334,44 +292,10 @@ def _course_of(whole: Course, experiment: Experiment) -> Course:
     return whole.then(make_course(experiment), experiment.config.prune.cut_step)
 
 
-def _count_weights(experiment: Experiment, state: State) -> list[TensorCount]:
-    return count_weights(
-        state.params,
-        experiment.matched,
-        int(state.step),
-        before=experiment.whole_cost.subtree("params"),
-        coupled=experiment.config.prune.coupled,
-    )
-
-
-_fingerprint = jax.jit(fingerprint)
-
-
-def _agreed_fingerprint(experiment: Experiment, state: State) -> str:
-    """The fingerprint of the masks, of which all devices must have the same.
-
-    Devices that hold whole masks compute it each from its own, and so do groups of
-    devices that divide the masks among them: copies that have come apart show.
-
-    Raises:
-      ProcessError: on all processes, if there are several fingerprints.
-    """
-    masks = get_masks(state.opt_state) if experiment.config.prune.enabled else {}
-    copies = [int(shard.data) for shard in _fingerprint(masks).addressable_shards]
-    check_same(
-        copies,
-        f"after step {int(state.step)} the devices do not all have the same masks. The "
-        f"same command resumes from the last checkpoint, where they had. If they come "
-        f"apart again, look for a broken device or a host with other software. The "
-        f"fingerprints of the masks",
-    )
-    return f"{copies[0]:08x}"
-
-
 def _finish(run: Run, state: State) -> dict | None:
     """Writes the summary and the picture, and prints the report."""
     experiment = run.experiment
-    counts = _count_weights(experiment, state)
+    counts = count_state(experiment, state)
     best_step = checkpoint.best_step(run.manager)
     if jax.process_index() > 0:
         return None

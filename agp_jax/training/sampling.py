@@ -12,6 +12,7 @@ from agp_jax.thinning.cuts import Cut
 from agp_jax.training import checkpoint
 from agp_jax.training.config import Config, ConfigError
 from agp_jax.training.experiment import Experiment, Variables, cut_experiment, set_up
+from agp_jax.training.plans import find_twin
 
 
 def write_text(
@@ -42,7 +43,7 @@ def write_text(
         raise ConfigError(f"temperature must be at least 0, got {temperature}")
     if length < 1:
         raise ConfigError(f"length must be at least 1, got {length}")
-    experiment = set_up(config)
+    experiment = set_up(find_twin(config))
     with checkpoint.open_checkpoints(workdir, writes=False) as manager:
         vocabulary = checkpoint.read_value(manager, "vocabulary")
         if vocabulary is None:
@@ -66,9 +67,8 @@ def write_text(
     return decode(words, np.array(tokens, np.int32))
 
 
-Reader = Callable[
-    [list[int]], np.ndarray
-]  # of all tokens so far: the next one's logits
+# A function of all tokens so far that gives the logits of the next one.
+Reader = Callable[[list[int]], np.ndarray]
 
 
 def _read_on(experiment: Experiment, variables: Variables) -> Reader:
