@@ -216,7 +216,7 @@ class Config:
     Attributes:
       seed: of the initial weights, the order of the data and its augmentation.
       steps: optimizer steps of the whole run.
-      batch_size: images per step, over all devices.
+      batch_size: rows of a batch, images or rows of text, over all devices.
       log_every: steps between evaluations, each a line in `metrics.jsonl`.
       checkpoint_every: steps between checkpoints, a multiple of `log_every`.
       data, model, optimizer, lasso, prune, devices: see their classes.

@@ -5,6 +5,7 @@ measured of a batch, and the words in which that is reported.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ class Splits(NamedTuple):
     train: Callable[[int], Iterator[Batch]]
     test: Callable[[], Iterator[Batch]]
     validation: Callable[[], Iterator[Batch]] | None = None
-    saved: Mapping[str, Any] = {}
+    saved: Mapping[str, Any] = MappingProxyType({})
 
 
 class Quality(NamedTuple):
