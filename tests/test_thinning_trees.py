@@ -77,7 +77,7 @@ def test_trees_of_other_paths_and_shapes_raise():
     with pytest.raises(ValueError, match=r"the cut has no 'up'.*cut.subtree"):
         agp.thin({"up": VARIABLES["params"]["up"]}, cut)
     with pytest.raises(
-        ValueError, match=r"norm/mean has shape \(4,\), but.* for \(6,\); has it"
+        ValueError, match=r"norm/mean has shape \(4,\), but.* of \(6,\); has it"
     ):
         agp.thin(agp.thin(VARIABLES, cut), cut)
 
