@@ -155,7 +155,10 @@ def in_miniature(config, data_dirs):
 
 @pytest.mark.parametrize("name", sorted(KINDS.values()))
 def test_a_published_run_in_miniature(name, data_dirs, tmp_path, monkeypatch):
-    """Through events, cut, evaluation, checkpoint and resume to the final sparsity."""
+    """Through events, cut, evaluation and checkpoint to the final sparsity.
+
+    Two of them are stopped on the way and resumed, as test_loop does with other models.
+    """
     config = in_miniature(load(name), data_dirs)
     if config.model.name in ("resnet18", "resnet50", "resnext101"):
         shallow = make_shallow(config), config.model.width
@@ -165,8 +168,9 @@ def test_a_published_run_in_miniature(name, data_dirs, tmp_path, monkeypatch):
     monkeypatch.setattr(agp_jax.training.experiment, "make_mesh", lambda fsdp: one)
 
     cut_step = config.prune.cut_step
-    with pytest.raises(Stop):
-        loop.run(config, tmp_path, StopAt(cut_step or 3))
+    if name in ("alexnet_element_88", "resnet20_filters_1"):
+        with pytest.raises(Stop):
+            loop.run(config, tmp_path, StopAt(cut_step or 3))
     summary = run_quietly(config, tmp_path)
     records = read_metrics(tmp_path)
     assert [r["step"] for r in records] == list(range(1, config.steps + 1))
