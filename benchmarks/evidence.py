@@ -75,7 +75,7 @@ def run_once(home: Path, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def lstm_suite(scale: float) -> list[Arm]:
-    steps = round(1500 * scale)
+    steps = round(1000 * scale)
 
     def config(**prune: Any) -> Config:
         rules = (agp.Rule(r"layer\d/.*/kernel|embedding/embedding", agp.element()),)
@@ -93,7 +93,10 @@ def lstm_suite(scale: float) -> list[Arm]:
             data=Data(name="pydoc_chars", bptt=48, eval_rows=32),
             model=Model(name="lstm", width=160, dropout=0.1),
             optimizer=Optimizer(
-                name="adamw", learning_rate=0.005, warmup_steps=50, clip_norm=1.0
+                name="adamw",
+                learning_rate=0.005,
+                warmup_steps=steps // 20,
+                clip_norm=1.0,
             ),
             prune=Prune(**(options | prune)),
         )
@@ -139,7 +142,7 @@ def _decoder(steps: int, **prune: Any) -> Config:
 
 
 def decoder_suite(scale: float) -> list[Arm]:
-    steps = 4 * round(150 * scale)
+    steps = 4 * round(125 * scale)
     arms = [Arm("dense", "dense", _decoder(steps, enabled=False))]
     for level in (0.5, 0.8):
         percent = f"{100 * level:g}"
@@ -158,7 +161,7 @@ def decoder_suite(scale: float) -> list[Arm]:
 
 
 def channels_suite(scale: float) -> list[Arm]:
-    quarter = round(150 * scale)
+    quarter = round(125 * scale)
     steps = 4 * quarter
     rule = agp.Rule("blocks/mlp/(gate|up)/kernel", agp.filters(), stacked_axes=1)
 
