@@ -6,7 +6,7 @@
 
     lstm      a large sparse LSTM against dense ones of equal size at 80, 90 and 95 %
               (arXiv:1710.01878, section 4.2); the cubic curve against a linear one and
-              against pruning at once
+              against pruning at once; with and without distilling from its own start
     decoder   windows of pruning at 50 and 80 %, against dense decoders of equal average
               and of equal final size (arXiv:2501.12486)
     channels  MLP channels cut gradually in mid-run against at once
@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import agp_jax as agp
-from agp_jax.training.config import Config, Data, Model, Optimizer, Prune
+from agp_jax.training.config import Config, Data, Distill, Model, Optimizer, Prune
 from agp_jax.training.loop import run
 
 
@@ -101,6 +101,11 @@ def lstm_suite(scale: float) -> list[Arm]:
             prune=Prune(**(options | prune)),
         )
 
+    def distilled(level: float) -> Arm:
+        distill = Distill(weight=0.5, temperature=2.0)
+        sparse = dataclasses.replace(config(final_sparsity=level), distill=distill)
+        return Arm("sparse, distilled", f"sparse-{100 * level:g}-distilled", sparse)
+
     arms = [Arm("dense", "dense-large", config(enabled=False))]
     for level in (0.8, 0.9, 0.95):
         percent = f"{100 * level:g}"
@@ -115,6 +120,7 @@ def lstm_suite(scale: float) -> list[Arm]:
         *arms,
         Arm("sparse, linear", "sparse-90-linear", config(**sparse, power=1.0)),
         Arm("sparse, at once", "sparse-90-at-once", config(**sparse, **at_once)),
+        *(distilled(level) for level in (0.9, 0.95)),
     ]
 
 

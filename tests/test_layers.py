@@ -91,6 +91,7 @@ ORDER += [
     "training.published",  # what others have published
     "training.tasks",  # what is learned, as the loop sees it
     "training.config",  # an experiment as plain values
+    "training.distillation",  # what a model learns from its teacher
     "training.classification",  # the task of images
     "training.language",  # and that of text
     "training.optimizers",  # how weights move

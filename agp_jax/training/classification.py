@@ -14,6 +14,7 @@ from agp_jax.data.batches import eval_batches, train_batches
 from agp_jax.data.sources import AnySource
 from agp_jax.models import make_model
 from agp_jax.training.config import Config, ConfigError
+from agp_jax.training.distillation import divergence
 from agp_jax.training.tasks import Batch, Quality, Splits, Task
 
 
@@ -40,6 +41,7 @@ def make_classification(config: Config) -> Task:
         describe=lambda means: means,
         quality=Quality("accuracy", ".2%", higher_is_better=True),
         load=functools.partial(_load, config),
+        distil=divergence,
     )
 
 

@@ -197,6 +197,27 @@ class Prune:
 
 
 @dataclasses.dataclass
+class Distill:
+    """A term of the loss by which the pruned model learns from its own dense past.
+
+    The teacher is the model as it is when the first event prunes it, with its running
+    statistics. It predicts each training batch beside the model, and takes as much
+    memory as its parameters until the run ends.
+
+    The loss is `(1 - weight) * loss + weight * T**2 * KL(teacher || model)` of the
+    outputs divided by a temperature T (arXiv:1503.02531, section 2).
+
+    Attributes:
+      weight: of the term, from 0 for none to 1 for nothing else.
+      temperature: T, positive; higher ones show more of what the teacher thinks
+        unlikely.
+    """
+
+    weight: float = 0.0
+    temperature: float = 2.0
+
+
+@dataclasses.dataclass
 class Devices:
     """How devices share the work; no part of the experiment, so a run may change it.
 
@@ -219,7 +240,7 @@ class Config:
       batch_size: rows of a batch, images or rows of text, over all devices.
       log_every: steps between evaluations, each a line in `metrics.jsonl`.
       checkpoint_every: steps between checkpoints, a multiple of `log_every`.
-      data, model, optimizer, lasso, prune, devices: see their classes.
+      data, model, optimizer, lasso, prune, distill, devices: see their classes.
       published: what is known of the same experiment elsewhere, or None.
       task: makes a task of your own of the config: any data, any linen model; `data`
         and `model` are then its to read. By default the dataset decides.
@@ -235,6 +256,7 @@ class Config:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     lasso: GroupLasso = dataclasses.field(default_factory=GroupLasso)
     prune: Prune = dataclasses.field(default_factory=Prune)
+    distill: Distill = dataclasses.field(default_factory=Distill)
     devices: Devices = dataclasses.field(default_factory=Devices)
     published: Published | None = None
     task: Callable[["Config"], Task] | None = None
@@ -313,8 +335,13 @@ def validate(config: Config) -> tuple[Rule, ...]:
     _require(config, "lasso.strength", lambda x: 0 <= x < math.inf, "at least 0")
     _require_one_of(config, "prune.twin", ("", "final", "average"))
     _require(config, "prune.round_to", lambda x: x > 0, "at least 1")
+    _require(config, "distill.weight", lambda x: 0 <= x <= 1, "in [0, 1]")
+    _require(
+        config, "distill.temperature", lambda x: 0 < x < math.inf, "positive and finite"
+    )
     rules = make_rules(config)
     _check_cut_step(config, rules)
+    _check_teacher(config, rules)
     return rules
 
 
@@ -361,10 +388,38 @@ def _check_cut_step(config: Config, rules: Sequence[Rule]) -> None:
     )
 
 
+def _check_teacher(config: Config, rules: Sequence[Rule]) -> None:
+    if not config.distill.weight:
+        return
+    if not rules:
+        raise ConfigError(
+            "config.distill learns from the model before it is pruned, but nothing is "
+            "pruned; set config.distill.weight to 0"
+        )
+    first, least = first_event(rules), 1 if config.model.weights else 2
+    if first < least:
+        raise ConfigError(
+            f"config.distill learns from the model before its first event, which must "
+            f"be at step {least} or later, not at step {first}: begin to prune when it "
+            f"has learned something, or set config.distill.weight to 0"
+        )
+
+
+def first_event(rules: Iterable[Rule]) -> int:
+    """The step at which the first rule prunes; 0 without any."""
+    schedules = {rule.schedule for rule in rules if rule.schedule}
+    return min((int(s.events()[0][0]) for s in schedules), default=0)
+
+
 def last_event(rules: Iterable[Rule]) -> int:
     """The step from which on all rules are at their final sparsity."""
     schedules = {rule.schedule for rule in rules if rule.schedule}
     return max((int(s.events()[0][-1]) for s in schedules), default=0)
+
+
+def teacher_step(config: Config) -> int | None:
+    """After how many updates the model becomes its own teacher; None for never."""
+    return first_event(make_rules(config)) - 1 if config.distill.weight else None
 
 
 def make_rules(config: Config) -> tuple[Rule, ...]:

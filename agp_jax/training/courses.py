@@ -18,6 +18,7 @@ from agp_jax.cells import Leaf
 from agp_jax.contests import count_removed
 from agp_jax.rules import Rule
 from agp_jax.structures import num_cells
+from agp_jax.training.config import teacher_step
 from agp_jax.training.experiment import Experiment
 from agp_jax.trees import Shape, flatten_with_paths
 from agp_jax.units import rank_groups
@@ -59,6 +60,15 @@ def _integral(steps: Sequence[int], values: Sequence[float], num_steps: int) -> 
     ends = [min(end, num_steps) for end in (*steps[1:], num_steps)]
     lengths = [max(end - begin, 0) for begin, end in zip(steps, ends, strict=True)]
     return sum(length * value for length, value in zip(lengths, values, strict=True))
+
+
+def training_macs(experiment: Experiment, course: Course) -> int:
+    """Multiply-adds of a whole training, with what its teacher predicts."""
+    steps, items = experiment.config.steps, items_per_step(experiment)
+    taught = teacher_step(experiment.config)
+    lessons = 0 if taught is None else steps - taught
+    teaching = lessons * items * experiment.whole_cost.macs
+    return course.training_macs(steps, items) + teaching
 
 
 def items_per_step(experiment: Experiment) -> int:

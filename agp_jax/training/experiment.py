@@ -47,12 +47,15 @@ class State(NamedTuple):
       params: the model's parameters.
       collections: its other variables by collection, such as "batch_stats".
       opt_state: the optimizer's state, with the masks.
+      teacher: the variables that `config.distill` learns from; None where there are
+        none, as before the first event.
     """
 
     step: jax.Array
     params: PyTree
     collections: dict[str, PyTree]
     opt_state: optax.OptState
+    teacher: Variables | None = None
 
 
 class Experiment(NamedTuple):
@@ -63,6 +66,7 @@ class Experiment(NamedTuple):
       predict: gives from `variables` (params and collections) and the task's inputs
         the model's outputs and the collections that changed.
       forward: the same in training, with a key for dropout after the variables.
+      predict_whole: `predict` before any cut.
       tx: the optimizer, wrapped for pruning.
       rules: the rules in force.
       target_step: the step from which on the model is as sparse and small as it will
@@ -82,6 +86,7 @@ class Experiment(NamedTuple):
     task: Task
     predict: Callable[..., tuple[Any, Variables]]
     forward: Callable[..., tuple[Any, Variables]]
+    predict_whole: Callable[..., tuple[Any, Variables]]
     tx: optax.GradientTransformation
     rules: tuple[Rule, ...]
     target_step: int
@@ -125,6 +130,11 @@ def set_up(config: Config) -> Experiment:
     inputs = jax.eval_shape(task.inputs, task.example)
     if config.task is not None:
         _check_task(task, predict, variables)
+    if config.distill.weight and task.distil is None:
+        raise ConfigError(
+            "config.distill needs a task that says how far outputs are from a "
+            "teacher's: give its `distil`, or set config.distill.weight to 0"
+        )
     couplings = ranking = None
     try:
         if rules and (config.prune.coupled or config.prune.cut_step):
@@ -145,6 +155,7 @@ def set_up(config: Config) -> Experiment:
         task=task,
         predict=predict,
         forward=forward,
+        predict_whole=predict,
         tx=tx,
         rules=rules,
         target_step=max(last_event(rules), config.prune.cut_step if rules else 0),
@@ -246,6 +257,17 @@ def cost_per_item(
     )
 
 
+def with_teacher(experiment: Experiment) -> Experiment:
+    """The experiment from where on it learns from what it was."""
+    teacher = as_variables(experiment.shapes)
+    return experiment._replace(shapes=experiment.shapes._replace(teacher=teacher))
+
+
+def appoint_teacher(state: State) -> State:
+    """The state with itself as teacher."""
+    return state._replace(teacher=as_variables(state))
+
+
 def plan_experiment_cut(experiment: Experiment, state: State) -> Cut:
     """The cut of all units that the state's masks remove."""
     everywhere = NamedSharding(experiment.mesh, PartitionSpec())
@@ -296,12 +318,13 @@ def _update(matched: PyTree, later: PyTree) -> PyTree:
 
 
 def cut_state(state: State, cut: Cut) -> State:
-    """What a cut leaves of the whole state."""
+    """What a cut leaves of the whole state; a teacher stays whole."""
     return State(
         step=state.step,
         params=thin(state.params, cut.subtree("params")),
         collections=_without_params(thin(as_variables(state), cut)),
         opt_state=thin_opt_state(state.opt_state, state.params, cut.subtree("params")),
+        teacher=state.teacher,
     )
 
 

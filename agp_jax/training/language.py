@@ -14,6 +14,7 @@ from agp_jax.data.corpora import CorpusFacts, corpus_facts, load_corpus
 from agp_jax.data.text import eval_tokens, train_tokens
 from agp_jax.models import LANGUAGE_MODELS
 from agp_jax.training.config import Config, ConfigError, Model
+from agp_jax.training.distillation import divergence
 from agp_jax.training.tasks import Batch, Quality, Splits, Task
 
 
@@ -41,6 +42,7 @@ def make_language(config: Config) -> Task:
         describe=_describe,
         quality=Quality("perplexity", ".2f", higher_is_better=False),
         load=functools.partial(_load, config, facts),
+        distil=divergence,
     )
 
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from agp_jax.costs import Cost
 from agp_jax.thinning.cuts import Cut
 from agp_jax.training import checkpoint, reports
-from agp_jax.training.config import Config, to_dict
+from agp_jax.training.config import Config, teacher_step, to_dict
 from agp_jax.training.counts import total_sparsity, total_target
-from agp_jax.training.courses import Course, items_per_step, make_course
+from agp_jax.training.courses import Course, make_course, training_macs
 from agp_jax.training.evaluation import (
     EvalStep,
     count_state,
@@ -29,6 +29,7 @@ from agp_jax.training.evaluation import (
 from agp_jax.training.experiment import (
     Experiment,
     State,
+    appoint_teacher,
     as_variables,
     cut_experiment,
     cut_state,
@@ -37,6 +38,7 @@ from agp_jax.training.experiment import (
     plan_experiment_cut,
     read_weights,
     set_up,
+    with_teacher,
 )
 from agp_jax.training.meshes import put_batch
 from agp_jax.training.optimizers import note_loss, rate_of_step
@@ -167,13 +169,22 @@ def _checksum(config: Config) -> int:
 def _resume(
     experiment: Experiment, manager: CheckpointManager
 ) -> tuple[Experiment, State]:
+    taught = teacher_step(experiment.config)
+    step = checkpoint.latest_step(manager) or 0
+    if taught is not None and taught < step < experiment.config.steps:
+        experiment = with_teacher(experiment)
     cut = checkpoint.read_value(manager, "cut")
     if cut is not None:
         experiment = cut_experiment(experiment, Cut.from_dict(cut))
     _, items = checkpoint.restore(manager, as_items(experiment.shapes))
     variables = items["variables"]
     params = variables.pop("params")
-    return experiment, State(params=params, collections=variables, **items["training"])
+    return experiment, State(
+        params=params,
+        collections=variables,
+        teacher=items.get("teacher"),
+        **items["training"],
+    )
 
 
 def _check_saved(manager: CheckpointManager, splits: Splits) -> None:
@@ -190,20 +201,23 @@ def _check_saved(manager: CheckpointManager, splits: Splits) -> None:
 
 def as_items(state: State) -> dict[str, PyTree]:
     """A state as it is saved: what a model needs, and what only training does."""
-    return {
+    items = {
         "variables": as_variables(state),
         "training": {"step": state.step, "opt_state": state.opt_state},
     }
+    return items if state.teacher is None else items | {"teacher": state.teacher}
 
 
 def _train(run: Run, state: State) -> tuple[Run, State]:
     config = run.experiment.config
-    first_step = int(state.step)
+    first_step, taught = int(state.step), teacher_step(config)
     batches = run.splits.train(first_step)
     recent: list[Sums] = []  # on the devices: fetching them would wait
     began = time.perf_counter()
     with reports.show_progress(run.console, first_step, config.steps) as show:
         for step in range(first_step + 1, config.steps + 1):
+            if step - 1 == taught:
+                run, state = _appoint_teacher(run, state)
             batch = put_batch(next(batches), run.experiment.mesh)
             state, sums = run.train_step(state, batch)
             recent.append(sums)
@@ -257,6 +271,8 @@ def _judging_split(run: Run) -> str:
 
 def _save(run: Run, state: State, record: Mapping[str, Any]) -> None:
     experiment, score = run.experiment, None
+    if record["step"] == experiment.config.steps:
+        state = state._replace(teacher=None)  # nothing is left to learn from it
     if record["step"] >= experiment.target_step:
         quality = experiment.task.quality
         score = record[f"{_judging_split(run)}_{quality.name}"]
@@ -267,6 +283,14 @@ def _save(run: Run, state: State, record: Mapping[str, Any]) -> None:
     checkpoint.save(
         run.manager, record["step"], as_items(state), score=score, values=values
     )
+
+
+def _appoint_teacher(run: Run, state: State) -> tuple[Run, State]:
+    """The run and its state with what the model is now as its teacher."""
+    experiment = with_teacher(run.experiment)
+    state = place_state(experiment, appoint_teacher, state)
+    train_step = make_train_step(experiment)
+    return dataclasses.replace(run, experiment=experiment, train_step=train_step), state
 
 
 def _cut_out(run: Run, state: State) -> tuple[Run, State]:
@@ -327,11 +351,9 @@ def _finish(run: Run, state: State) -> dict | None:
 
 def _describe_training(run: Run) -> dict[str, Any]:
     """What the whole training has had in weights and computed."""
-    experiment, steps = run.experiment, run.experiment.config.steps
-    items = items_per_step(experiment)
     return {
-        "average_weights": run.course.average_weights(steps),
-        "training_macs": run.course.training_macs(steps, items),
+        "average_weights": run.course.average_weights(run.experiment.config.steps),
+        "training_macs": training_macs(run.experiment, run.course),
     }
 
 

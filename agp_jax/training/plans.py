@@ -19,11 +19,11 @@ from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
 from agp_jax.structures import num_cells
 from agp_jax.thinning.trees import thin
-from agp_jax.training.config import Config, ConfigError, last_event
+from agp_jax.training.config import Config, ConfigError, Distill, last_event
 from agp_jax.training.courses import (
     count_nonzero_by_path,
-    items_per_step,
     make_course,
+    training_macs,
 )
 from agp_jax.training.experiment import (
     Experiment,
@@ -147,7 +147,7 @@ def make_plan(experiment: Experiment) -> Plan:
         before=before,
         after=after,
         average_weights=course.average_weights(steps),
-        training_macs=course.training_macs(steps, items_per_step(first)),
+        training_macs=training_macs(first, course),
     )
 
 
@@ -207,7 +207,7 @@ def find_twin(config: Config) -> Config:
 
     def of_width(width: int) -> Config:
         model = dataclasses.replace(config.model, width=width)
-        return dataclasses.replace(config, model=model, prune=dense)
+        return dataclasses.replace(config, model=model, prune=dense, distill=Distill())
 
     def weights(width: int) -> int:
         return set_up(of_width(width)).whole_cost.weight_params

@@ -26,16 +26,25 @@ def make_train_step(
     It gives the next state, and what the task measures of the batch before the update.
     """
     config, task = experiment.config, experiment.task
-    forward, tx = experiment.forward, experiment.tx
+    forward, tx, distill = experiment.forward, experiment.tx, config.distill
 
     def train_step(state: State, batch: Batch) -> tuple[State, Sums]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        teacher, lesson = state.teacher, None
+        if teacher is not None:
+            lesson, changes = experiment.predict_whole(teacher, *task.inputs(batch))
+            teacher = {**teacher, **changes}
 
         def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[PyTree, Sums]]:
             variables = {"params": params, **state.collections}
             outputs, changes = forward(variables, key, *task.inputs(batch))
             sums = task.measure(outputs, batch)
             loss = sums["loss"] / sums["count"]
+            if lesson is not None and task.distil is not None:
+                far = task.distil(outputs, lesson, batch, distill.temperature)
+                far = far / sums["count"]
+                loss = (1 - distill.weight) * loss + distill.weight * far
             return loss + penalty(config.lasso, params, state.step), (changes, sums)
 
         gradients, (changes, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -48,7 +57,7 @@ def make_train_step(
         )
         params = optax.apply_updates(state.params, updates)
         collections = {**state.collections, **changes}
-        return State(state.step + 1, params, collections, opt_state), sums
+        return State(state.step + 1, params, collections, opt_state, teacher), sums
 
     replicated = NamedSharding(experiment.mesh, PartitionSpec())
     return jax.jit(
