@@ -9,7 +9,8 @@
               against pruning at once; with and without distilling from its own start
     decoder   windows of pruning at 50 and 80 %, against dense decoders of equal average
               and of equal final size (arXiv:2501.12486)
-    channels  MLP channels cut gradually in mid-run against at once
+    channels  MLP channels cut gradually in mid-run against at once, where the learning
+              rate goes on or warms up again
 
 Every run is a run of train.py in a directory of its own, so a suite that was stopped
 goes on where it was. It prints a table with means and standard errors over the seeds
@@ -175,16 +176,19 @@ def channels_suite(scale: float) -> list[Arm]:
         shared = {"final_sparsity": 0.5, "coupled": True, "rules": (rule,)}
         return _decoder(steps, begin=begin, end=end, **shared, **prune)
 
-    at_half, at_quarter = 2 * quarter, quarter
+    half = 2 * quarter
+    at_once = config(0.5, 0.5, frequency=1, cut_step=half)
+    restarts = dataclasses.replace(at_once.optimizer, restart_at=(half,))
     return [
         Arm("dense", "dense", _decoder(steps, enabled=False)),
-        Arm("gradually", "gradually", config(0.25, 0.5, cut_step=at_half)),
-        Arm("at once", "at-once", config(0.5, 0.5, frequency=1, cut_step=at_half)),
+        Arm("gradually", "gradually", config(0.25, 0.5, cut_step=half)),
+        Arm("at once", "at-once", at_once),
         Arm(
-            "at once",
-            "at-once-early",
-            config(0.25, 0.25, frequency=1, cut_step=at_quarter),
+            "at once, warmed up again",
+            "at-once-rewarmed",
+            dataclasses.replace(at_once, optimizer=restarts),
         ),
+        Arm("dense", "dense-as-cut", config(0.5, 0.5, frequency=1, twin="final")),
     ]
 
 

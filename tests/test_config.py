@@ -71,6 +71,8 @@ def test_a_good_config_passes_with_the_rules_of_its_run():
         ("optimizer.momentum", 1.0, "config.optimizer.momentum"),
         ("optimizer.weight_decay", -1e-4, "config.optimizer.weight_decay"),
         ("optimizer.warmup_steps", 100, "config.optimizer.warmup_steps"),
+        ("optimizer.restart_at", (50, 40), "restart_at must be increasing steps"),
+        ("optimizer.restart_at", (100,), "restart_at must be increasing steps"),
         ("devices.fsdp", 0, "config.devices.fsdp must be at least 1, got 0"),
         ("devices", {"fsdp": 2}, "config.devices must be of type Devices"),
         ("prune.enabled", None, "config.prune.enabled must be of type bool, got None"),

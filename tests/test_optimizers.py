@@ -129,3 +129,12 @@ def test_the_group_lasso_sums_the_norms_of_kernels():
 def test_without_strength_nothing_is_added():
     params = {"conv": {"kernel": jnp.full((3, 3, 1, 1), jnp.nan)}}
     assert penalty(GroupLasso(), params, jnp.int32(0)) == 0.0
+
+
+def test_a_restart_warms_up_and_decays_anew():
+    optimizer = Optimizer(learning_rate=0.2, warmup_steps=5, restart_at=(40,))
+    steps = [0, 5, 39, 40, 42, 45, 100]
+    # A cosine over the 35 steps from 5 to 40, and over the 55 from 45 to 100.
+    nearly_zero = 0.1 * (1 + np.cos(np.pi * 34 / 35))
+    expected = [0, 0.2, nearly_zero, 0, 0.2 * 2 / 5, 0.2, 0]
+    np.testing.assert_allclose(rates(optimizer, steps), expected, atol=1e-7)

@@ -96,6 +96,8 @@ class Optimizer:
       warmup_steps: steps over which it rises linearly from zero.
       decay: "cosine" to zero at the last step; "steps"; "exponential"; "plateau"; or
         "none".
+      restart_at: with "cosine", the steps at which warm-up and decay begin anew, as
+        after a cut at once; each decay then ends at the next of them.
       decay_factor: what each decay but "cosine" multiplies the rate by.
       decay_at: with "steps", at which steps.
       decay_every: with "exponential", after how many steps each, counted from
@@ -118,6 +120,7 @@ class Optimizer:
     learning_rate: float = 0.1
     warmup_steps: int = 0
     decay: str = "cosine"
+    restart_at: tuple[int, ...] = ()
     decay_factor: float = 0.1
     decay_at: tuple[int, ...] = ()
     decay_every: int = 1
@@ -325,6 +328,7 @@ def validate(config: Config) -> tuple[Rule, ...]:
         lambda x: 0 <= x < config.steps,
         f"in [0, steps), and steps is {config.steps}",
     )
+    _check_restarts(config)
     _require(config, "optimizer.decay_factor", lambda x: 0 < x < 1, "between 0 and 1")
     _require(config, "optimizer.decay_every", lambda x: x > 0, "at least 1")
     _require(config, "optimizer.clip_norm", lambda x: 0 <= x < math.inf, "at least 0")
@@ -343,6 +347,26 @@ def validate(config: Config) -> tuple[Rule, ...]:
     _check_cut_step(config, rules)
     _check_teacher(config, rules)
     return rules
+
+
+def _check_restarts(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.decay != "cosine":
+        expected = f"empty with decay {optimizer.decay!r}"
+        _require(config, "optimizer.restart_at", lambda x: not x, expected)
+    least = optimizer.warmup_steps + 1
+
+    def has_room(starts: Sequence[int]) -> bool:
+        stops = (*starts[1:], config.steps)
+        return all(b - a >= least for a, b in zip(starts, stops, strict=True))
+
+    _require(
+        config,
+        "optimizer.restart_at",
+        lambda x: has_room((0, *x)),
+        f"increasing steps, at least {least} apart with 0 and {config.steps}, so that "
+        f"each warm-up ends",
+    )
 
 
 def _check_data_and_model(config: Config) -> None:

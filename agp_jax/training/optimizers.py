@@ -14,8 +14,15 @@ from agp_jax.trees import PyTree, flatten_with_paths
 
 def make_learning_rate(config: Config) -> optax.Schedule:
     """The learning rate by step, before any plateau."""
+    restarts = list(config.optimizer.restart_at)
+    lengths = np.diff([0, *restarts, config.steps]).tolist()
+    return optax.join_schedules([_warmed_up(config, x) for x in lengths], restarts)
+
+
+def _warmed_up(config: Config, steps: int) -> optax.Schedule:
+    """The learning rate from a start until `steps` later."""
     optimizer = config.optimizer
-    rest = config.steps - optimizer.warmup_steps
+    rest = steps - optimizer.warmup_steps
     match optimizer.decay:
         case "cosine":
             decay = optax.cosine_decay_schedule(optimizer.learning_rate, rest)
