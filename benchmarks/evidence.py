@@ -149,7 +149,7 @@ def _decoder(steps: int, **prune: Any) -> Config:
 
 
 def decoder_suite(scale: float) -> list[Arm]:
-    steps = 4 * round(125 * scale)
+    steps = 4 * round(90 * scale)
     arms = [Arm("dense", "dense", _decoder(steps, enabled=False))]
     for level in (0.5, 0.8):
         percent = f"{100 * level:g}"

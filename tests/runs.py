@@ -1,4 +1,4 @@
-"""Small runs on the digits, for tests: their configs, how they go, stop and end."""
+"""Small runs for tests, on digits and on text: their configs, how they stop and end."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from rich.console import Console
 import agp_jax as agp
 from agp_jax.thinning.cuts import Cut
 from agp_jax.training import checkpoint, loop
-from agp_jax.training.config import Config, Data, Model, Optimizer, Prune
+from agp_jax.training.config import Config, Data, Distill, Model, Optimizer, Prune
 from agp_jax.training.experiment import cut_experiment, set_up
 from agp_jax.training.records import read_metrics
 
@@ -47,6 +47,36 @@ def cut_config(data_dir, **changes):
     config.prune.coupled = True
     config.prune.cut_step = 20
     return config
+
+
+def lstm_config(**changes):
+    """Half of the first layer's units goes, cut after step 15, and of the embedding.
+
+    The teacher is the model after step 5.
+    """
+    options = dict(
+        steps=20,
+        batch_size=8,
+        log_every=5,
+        checkpoint_every=5,
+        data=Data(name="pydoc_bytes", bptt=12, eval_rows=128),
+        model=Model(name="lstm", width=12, dropout=0.2),
+        optimizer=Optimizer(learning_rate=2.0, momentum=0.0, clip_norm=0.25),
+        distill=Distill(weight=0.5, temperature=3.0),
+        prune=Prune(
+            final_sparsity=0.5,
+            begin_step=6,
+            end_step=11,
+            frequency=5,
+            rules=(
+                agp.Rule("layer0/(input|hidden)/kernel", agp.filters()),
+                agp.Rule("embedding/embedding", agp.element()),
+            ),
+            coupled=True,
+            cut_step=15,
+        ),
+    )
+    return Config(**(options | changes))
 
 
 def run_quietly(config, workdir):

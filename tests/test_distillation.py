@@ -7,16 +7,10 @@ import numpy as np
 import optax
 import pytest
 from runs import (
-    Stop,
-    StopAt,
-    assert_same_bits,
-    assert_same_run,
-    run_quietly,
+    lstm_config,
     tiny_config,
 )
-from test_language import lstm_config
 
-from agp_jax.training import checkpoint, loop
 from agp_jax.training.config import ConfigError, Distill, Optimizer, validate
 from agp_jax.training.distillation import divergence
 from agp_jax.training.experiment import (
@@ -28,20 +22,6 @@ from agp_jax.training.experiment import (
 )
 from agp_jax.training.plans import make_plan
 from agp_jax.training.steps import make_train_step
-
-
-def distilled_config():
-    config = lstm_config(distill=Distill(weight=0.5, temperature=3.0))
-    config.prune.begin_step = 6  # so the teacher is the model after step 5
-    config.prune.end_step = 11
-    return config
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    run_quietly(distilled_config(), workdir)
-    return workdir
 
 
 def test_the_divergence_is_that_of_tempered_distributions():
@@ -99,36 +79,9 @@ def test_a_step_follows_both_terms(digits_dir):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_the_teacher_is_the_model_before_its_first_event(uninterrupted, tmp_path):
-    for step in (10, 15):  # what is on disk then is of 5 steps, and of 10
-        with pytest.raises(Stop):
-            loop.run(distilled_config(), tmp_path, StopAt(step))
-    shapes = set_up(distilled_config()).shapes
-    taught = with_teacher(set_up(distilled_config())).shapes
-    with checkpoint.open_checkpoints(tmp_path, writes=False) as manager:
-        _, before = checkpoint.restore(manager, loop.as_items(shapes), step=5)
-        _, after = checkpoint.restore(manager, loop.as_items(taught), step=10)
-    assert_same_bits(after["teacher"]["params"], before["variables"]["params"])
-    # It reads the text on its own, so what it carries is not what the model does.
-    teacher, model = (after[x]["carry"]["layer0"] for x in ("teacher", "variables"))
-    assert not np.array_equal(teacher["cell_state"], model["cell_state"])
-
-    with pytest.raises(Stop):
-        loop.run(distilled_config(), tmp_path, StopAt(20))  # after the cut
-    run_quietly(distilled_config(), tmp_path)
-    assert_same_run(tmp_path, uninterrupted, distilled_config())
-
-
-def test_a_run_ends_without_its_teacher(uninterrupted):
-    last = uninterrupted / "checkpoints" / "20"
-    assert (last / "variables").is_dir() and not (last / "teacher").exists()
-
-
 def test_the_teacher_counts_in_multiply_adds_of_training():
-    alone = make_plan(
-        set_up(dataclasses.replace(distilled_config(), distill=Distill()))
-    )
-    taught = make_plan(set_up(distilled_config()))
+    alone = make_plan(set_up(dataclasses.replace(lstm_config(), distill=Distill())))
+    taught = make_plan(set_up(lstm_config()))
     # 8 rows of 12 tokens in each of the 15 steps after the fifth.
     forward = 256 * 12 + 4 * 12 * 48
     assert taught.training_macs - alone.training_macs == 15 * 8 * 12 * forward
@@ -153,7 +106,7 @@ def test_the_teacher_counts_in_multiply_adds_of_training():
     ],
 )
 def test_what_cannot_teach_is_refused(change, message):
-    config = distilled_config()
+    config = lstm_config()
     change(config)
     with pytest.raises(ConfigError, match=message):
         validate(config)

@@ -5,40 +5,22 @@ import math
 
 import numpy as np
 import pytest
-from runs import Stop, StopAt, assert_same_run, run_quietly
+from runs import (
+    Stop,
+    StopAt,
+    assert_same_bits,
+    assert_same_run,
+    lstm_config,
+    run_quietly,
+)
 
 import agp_jax as agp
 from agp_jax.training import checkpoint, loop
-from agp_jax.training.config import Config, ConfigError, Data, Model, Optimizer, Prune
-from agp_jax.training.experiment import set_up
+from agp_jax.training.config import ConfigError, Data, Distill, Model, Optimizer, Prune
+from agp_jax.training.experiment import set_up, with_teacher
 from agp_jax.training.records import read_metrics
 from agp_jax.training.sampling import write_text
 from agp_jax.training.workdirs import WorkdirError
-
-
-def lstm_config(**changes):
-    options = dict(
-        steps=20,
-        batch_size=8,
-        log_every=5,
-        checkpoint_every=5,
-        data=Data(name="pydoc_bytes", bptt=12, eval_rows=128),
-        model=Model(name="lstm", width=12, dropout=0.2),
-        optimizer=Optimizer(learning_rate=2.0, momentum=0.0, clip_norm=0.25),
-        prune=Prune(
-            final_sparsity=0.5,
-            begin_step=5,
-            end_step=10,
-            frequency=5,
-            rules=(
-                agp.Rule("layer0/(input|hidden)/kernel", agp.filters()),
-                agp.Rule("embedding/embedding", agp.element()),
-            ),
-            coupled=True,
-            cut_step=15,
-        ),
-    )
-    return Config(**(options | changes))
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +63,29 @@ def test_a_checkpoint_holds_carry_and_vocabulary(uninterrupted):
     assert "CPython" in corpus["version"] and len(corpus["checksum"]) == 64
 
 
-def test_it_resumes_bit_for_bit_before_and_after_the_cut(uninterrupted, tmp_path):
-    for step in (10, 15):
+def test_the_teacher_is_the_model_before_its_first_event(uninterrupted, tmp_path):
+    for step in (10, 15):  # what is on disk then is of 5 steps, and of 10
         with pytest.raises(Stop):
             loop.run(lstm_config(), tmp_path, StopAt(step))
+    shapes = set_up(lstm_config()).shapes
+    taught = with_teacher(set_up(lstm_config())).shapes
+    with checkpoint.open_checkpoints(tmp_path, writes=False) as manager:
+        _, before = checkpoint.restore(manager, loop.as_items(shapes), step=5)
+        _, after = checkpoint.restore(manager, loop.as_items(taught), step=10)
+    assert_same_bits(after["teacher"]["params"], before["variables"]["params"])
+    # It reads the text on its own, so what it carries is not what the model does.
+    teacher, model = (after[x]["carry"]["layer0"] for x in ("teacher", "variables"))
+    assert not np.array_equal(teacher["cell_state"], model["cell_state"])
+
+    with pytest.raises(Stop):
+        loop.run(lstm_config(), tmp_path, StopAt(20))  # after the cut
     run_quietly(lstm_config(), tmp_path)
     assert_same_run(tmp_path, uninterrupted, lstm_config())
+
+
+def test_a_run_ends_without_its_teacher(uninterrupted):
+    last = uninterrupted / "checkpoints" / "20"
+    assert (last / "variables").is_dir() and not (last / "teacher").exists()
 
 
 def test_a_checkpoint_writes_text_thinned_or_not(uninterrupted):
@@ -111,6 +110,7 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path):
     config = lstm_config(
         data=Data(name="ptb", dir=str(tmp_path), bptt=4, eval_rows=8),
         model=Model(name="lstm", width=4),
+        distill=Distill(),
         prune=Prune(enabled=False),
     )
     with pytest.raises(Stop):
@@ -122,6 +122,7 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path):
 
 def test_a_decoder_trains_with_its_layers_stacked(tmp_path):
     config = lstm_config(
+        distill=Distill(),
         steps=4,
         log_every=2,
         checkpoint_every=4,

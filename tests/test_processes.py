@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
-from runs import Stop, StopAt, cut_config, state_on_disk, tiny_config, without_times
+from runs import (
+    Stop,
+    StopAt,
+    lstm_config,
+    state_on_disk,
+    tiny_config,
+    without_times,
+)
 
 import agp_jax as agp
 from agp_jax.training import checkpoint, loop, processes, workdirs
@@ -150,10 +157,17 @@ def restore_and_train(address, directory, data_dir, stopped, workdir, fsdp):
     loop.run(small_config(data_dir, int(fsdp)), workdir)
 
 
-def cut_together(address, directory, data_dir):
-    """A run whose state is divided over the devices of both processes, with a cut."""
+def text_config(fsdp):
+    """An LSTM wide enough to be divided; it is taught by itself, and cut."""
+    config = lstm_config()
+    config.model.width = 24
+    config.devices.fsdp = int(fsdp)
+    return config
+
+
+def train_on_text(address, directory, workdir, fsdp):
     processes.connect(*address)
-    loop.run(cut_config(data_dir, devices=Devices(fsdp=4)), directory / "run")
+    loop.run(text_config(fsdp), workdir)
 
 
 def start_with_one_own_config(address, directory, *arguments):
@@ -342,10 +356,24 @@ def test_processes_find_out_what_sets_them_apart(digits_dir, tmp_path):
     finish_well(start(2, 2, disagree, tmp_path, digits_dir))
 
 
-def test_processes_cut_the_same_out_and_train_on(digits_dir, tmp_path):
-    started = start(2, 2, cut_together, tmp_path, digits_dir)
+def test_processes_go_on_with_a_text_and_cut_the_same_out(tmp_path):
+    for workdir in (tmp_path / "one", tmp_path / "two"):  # stopped, and then finished
+        if workdir.name == "two":
+            shutil.copytree(tmp_path / "one", workdir)
+        else:
+            with pytest.raises(Stop):
+                loop.run(text_config(1), workdir, StopAt(15))
+    started = start(2, 2, train_on_text, tmp_path, tmp_path / "two", 4)
+    loop.run(text_config(1), tmp_path / "one", Console(quiet=True))
     output, other = finish_well(started)
-    assert "cut after step 20: 2,720 -> 1,232 weights" in output
+    assert "resumes after step 10" in output and "cut after step 15: " in output
     assert not other
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["nonzero"] == summary["cut"]["after"]["weights"] == 1232
+    first, second = (metrics(tmp_path / name) for name in ("one", "two"))
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours["sparsity"] == theirs["sparsity"]
+        for name in ("loss", "test_perplexity", "validation_perplexity"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
+    one, two = (
+        json.loads((tmp_path / x / "summary.json").read_text()) for x in ("one", "two")
+    )
+    assert one["cut"]["after"]["weights"] == two["cut"]["after"]["weights"]
