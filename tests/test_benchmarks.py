@@ -85,7 +85,7 @@ BENCHMARKS = {
             },
         },
     ),
-    "lstm_speed": (
+    "language_speed": (
         ["--rounds=1"],
         {
             "training_step": {
@@ -94,7 +94,15 @@ BENCHMARKS = {
                 "ms": NUMBERS,
                 "tokens/s": NUMBERS,
                 "of_agp_jax": NUMBERS,
-            }
+            },
+            "pruned": {
+                "model": str,
+                "weights": str,
+                "doing": str,
+                "tokens/s": NUMBERS,
+                "of_dense": NUMBERS,
+                "MACs_of_dense": NUMBERS,
+            },
         },
     ),
     "abstract_scale": (
