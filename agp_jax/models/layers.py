@@ -120,12 +120,14 @@ class Embedding(nn.Module):
 
         The factors have the dtype of `x`; the sums are float32 at least.
         """
-        return jnp.einsum(
-            "...d,vd->...v",
-            x,
+        # Over merged axes the gradients are plain products, too, which CPUs do faster.
+        products = jnp.einsum(
+            "nd,vd->nv",
+            x.reshape(-1, x.shape[-1]),
             self.embedding.astype(x.dtype),
             preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
         )
+        return products.reshape(*x.shape[:-1], -1)
 
 
 def _add_bias(layer: nn.Module, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
