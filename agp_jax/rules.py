@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,10 @@ class Rule:
       scope: "tensor" ranks each tensor by itself, "rule" all tensors together.
       stacked_axes: so many leading axes index separate tensors of the same shape,
         as in layers stacked by `scan`; each is ranked by itself.
+      units: with couplings, a regular expression for the whole names of the groups
+        whose units go, where those of several kinds lie along one axis: the queries of
+        a kernel go with their head of keys, or as many of each head. None for the only
+        kind there is.
 
     Raises:
       ValueError: for a pattern that is no regular expression and for options of the
@@ -47,19 +52,10 @@ class Rule:
     score: Callable[..., jax.Array] = jnp.abs
     scope: str = "tensor"
     stacked_axes: int = 0
+    units: str | None = None
 
     def __post_init__(self):
-        if not isinstance(self.pattern, str):
-            raise ValueError(
-                f"rule pattern {self.pattern!r} is not a regular expression: it must "
-                f"be a str"
-            )
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(
-                f"rule pattern {self.pattern!r} is not a regular expression: {error}"
-            ) from None
+        _check_expression("rule pattern", self.pattern)
         for name, kind, made_by in (
             ("structure", Structure, "agp.element() or another structure function"),
             ("schedule", Schedule, "agp.polynomial_schedule or agp.one_shot"),
@@ -82,6 +78,13 @@ class Rule:
                 f"{self}: stacked_axes must be a number of axes, got "
                 f"{self.stacked_axes!r}"
             )
+        if self.units is not None:
+            _check_expression(f"{self}: units", self.units)
+            if not self.prunes_units:
+                raise ValueError(
+                    f"{self}: units names groups of filters, channels or heads, which "
+                    f"its structure is not: {self.structure}"
+                )
         if self.structure and self.structure.keep_n_of_m:
             self._check_n_of_m(*self.structure.keep_n_of_m)
 
@@ -124,6 +127,16 @@ class Rule:
 
     def __str__(self) -> str:
         return f"rule {self.pattern!r}"
+
+
+def _check_expression(what: str, value: Any):
+    problem = "" if isinstance(value, str) else "it must be a str"
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except re.error as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{what} {value!r} is not a regular expression: {problem}")
 
 
 def match_rules(rules: Sequence[Rule], params: PyTree) -> PyTree:

@@ -6,6 +6,7 @@ The masks then cover every slice of a unit, in parameters that no rule names too
 """
 
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -139,34 +140,57 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
     axis %= len(leaf.cell_shape)
     width = leaf.box[axis]
     axis += leaf.rule.stacked_axes
-    here = [
+    homes = [
         (group, member)
         for group in couplings.groups
         for member in group.members
-        if (member.path, member.axis) == (leaf.path, axis) and _has_runs(member, width)
+        if member.path == leaf.path
+    ]
+    named = leaf.rule.units
+    here = [
+        (group, member)
+        for group, member in homes
+        if member.axis == axis
+        and _has_runs(member, width)
+        and (named is None or re.fullmatch(named, group.name))
     ]
     subject = f"{leaf.rule} prunes {leaf.path} by {leaf.structure}, but"
-    advice = f"Put a rule without structure before it that keeps {leaf.path} dense"
+    advice = f"put a rule without structure before it that keeps {leaf.path} dense"
     if not here:
+        which = "such parts" if named is None else f"units named {named!r}"
         fixed = couplings.frozen.get((leaf.path, axis), ())
         reason = f" ({fixed[0][2]})" if fixed else ""
         raise ValueError(
-            f"{subject} no such parts can be cut from its axis {axis}{reason}. {advice}"
+            f"{subject} no {which} can be cut from its axis {axis}{reason}. It has "
+            f"{_describe_homes(homes)}. Choose of these, or {advice}"
         )
     for group, _ in here:
         if not group.exact:
             raise ValueError(
                 f"{subject} a model without units of {group.name} is another one than "
-                f"one with zeros ({group.inexact}). {advice}"
+                f"one with zeros ({group.inexact}). To go on, {advice}"
             )
     counts = np.bincount(np.concatenate([m.indices.reshape(-1) for _, m in here]))
     if counts.max() > 1:
-        kinds = " and ".join(f"{g.name} ({g.num_units} units)" for g, _ in here)
         raise ValueError(
-            f"{subject} units of several kinds lie along its axis {axis}: {kinds}. "
-            f"Choose one of them by agp.heads"
+            f"{subject} units of several kinds lie along its axis {axis}: "
+            f"{_describe_homes(here)}. Choose one of them by name, as in "
+            f"Rule(..., units={re.escape(here[-1][0].name)!r})"
         )
     return here
+
+
+def _describe_homes(homes: Sequence[tuple[Group, Member]]) -> str:
+    """Which units live where in a leaf, in a line."""
+    return (
+        "; ".join(
+            f"along axis {member.axis} {group.num_units} units of {group.name}"
+            + (f", {n} slices each" if (n := member.indices.shape[1]) > 1 else "")
+            + ("" if group.exact else " (not exact)")
+            for group, member in sorted(homes, key=lambda home: home[1].axis)
+        )
+        or "nothing"
+    )
 
 
 def _has_runs(member: Member, width: int) -> bool:

@@ -1,6 +1,7 @@
 """Rules with couplings: units ranked by summed scores, masked in every member."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -212,9 +213,79 @@ def test_heads_go_whole_in_queries_keys_values_and_output():
     features = {3 * h + i for h in lowest(sums, 2) for i in range(3)}
     for name, axis in (("q", 1), ("k", 1), ("v", 1), ("out", 0)):
         assert gone(masks[name]["kernel"], axis) == features
-    with pytest.raises(ValueError, match="units of several kinds.*agp.heads"):
+    with pytest.raises(ValueError, match="units of several kinds.*by name, as in"):
         rule = filters("q/kernel")
         agp.make_masks(params, [rule], 1, couplings=found)
+
+
+def grouped_attention(params, x):
+    """Queries of four heads, of which each two share keys and values."""
+    query = jnp.einsum("rlw,whf->rlhf", x, params["q"])
+    key, value = (jnp.einsum("rlw,whf->rlhf", x, params[name]) for name in "kv")
+    query = query.reshape(*x.shape[:2], 2, 2, 3)  # (rows, length, of keys, each, 3)
+    scores = jnp.einsum("rqhgf,rkhf->rhgqk", query, key)
+    y = jnp.einsum("rhgqk,rkhf->rqhgf", jax.nn.softmax(scores), value)
+    return jnp.einsum("rlhf,hfw->rlw", y.reshape(*x.shape[:2], 4, 3), params["out"])
+
+
+def draw_grouped():
+    rng = np.random.default_rng(6)
+    shapes = {"q": (5, 4, 3), "k": (5, 2, 3), "v": (5, 2, 3), "out": (4, 3, 5)}
+    return {name: jnp.float32(rng.normal(size=x)) for name, x in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("units", "heads"), [(r"k\[1\]", [[0, 1], [2, 3]]), (r"q\[1\]", [[0, 2], [1, 3]])]
+)
+def test_units_of_several_kinds_are_chosen_by_name(units, heads):
+    params, x = (
+        draw_grouped(),
+        jnp.float32(np.random.default_rng(7).normal(size=(2, 6, 5))),
+    )
+    found = agp.find_couplings(grouped_attention, params, x)
+    rule = agp.Rule("q", agp.filters(axis=1), HALF, units=units)
+    masks = agp.make_masks(params, [rule], 1, couplings=found)
+    norms = np.abs(np.asarray(params["q"], np.float64)).sum((0, 2))
+    lost = min(heads, key=lambda unit: norms[unit].sum())
+    assert gone(masks["q"], 1) == gone(masks["out"], 0) == set(lost)
+    cut = agp.plan_cut(masks, found)
+    thinned = agp.thin(params, cut)
+    assert (thinned["q"].shape[1], thinned["k"].shape[1]) == (
+        2,
+        1 if "k" in units else 2,
+    )
+    np.testing.assert_allclose(
+        agp.thin_function(grouped_attention, params, cut)(thinned, x),
+        grouped_attention(agp.apply_masks(params, masks), x),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_what_can_be_cut_is_told_where_a_rule_names_nothing():
+    params, x = draw_grouped(), jnp.zeros((2, 6, 5))
+    found = agp.find_couplings(grouped_attention, params, x)
+    with pytest.raises(ValueError) as several:
+        rule = agp.Rule("q", agp.filters(axis=1), HALF)
+        agp.make_masks(params, [rule], 1, couplings=found)
+    assert "along axis 1 2 units of k[1], 2 slices each" in str(several.value)
+    advised = re.search(r"units='(.*)'\)", str(several.value))[1]
+    rule = agp.Rule("q", agp.filters(axis=1), HALF, units=eval(f"'{advised}'"))
+    assert agp.make_masks(params, [rule], 1, couplings=found)["k"] is not None
+    for rule, message in (
+        (agp.Rule("q", agp.heads(3, axis=1), HALF), "does not divide into 3"),
+        (
+            agp.Rule("q", agp.heads(1, axis=1), HALF),
+            "It has .*along axis 1 2 units of k",
+        ),
+        (agp.Rule("q", agp.filters(axis=1), HALF, units="x"), "no units named 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            agp.make_masks(params, [rule], 1, couplings=found)
+    with pytest.raises(ValueError, match="units names groups of filters, channels"):
+        agp.Rule("q", agp.element(), HALF, units="x")
+    with pytest.raises(ValueError, match=r"units '\(' is not a regular expression"):
+        agp.Rule("q", agp.filters(), HALF, units="(")
 
 
 def stack(params, x):
