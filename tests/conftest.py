@@ -15,6 +15,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 
 import jax  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
 import pytest  # noqa: E402
 from cifar_archives import cifar_contents, write_archive  # noqa: E402
 from imagenet_archives import archive_contents, write_archives  # noqa: E402
@@ -22,6 +23,8 @@ from imagenet_archives import archive_contents, write_archives  # noqa: E402
 from agp_jax import data  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Each device would save its slice of every array, and compile a program for each.
+ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 collect_ignore = ["torch_agreement.py"]  # a script, which imports torch
