@@ -142,7 +142,7 @@ def in_miniature(config, data_dirs):
     config.model.weights = ""
     config.batch_size = 8
     config.steps = shrink(config.steps)
-    config.log_every = config.checkpoint_every = 1
+    config.log_every, config.checkpoint_every = 1, config.steps
     config.prune.rules = tuple(map(shrink_rule, config.prune.rules))
     config.prune.cut_step = shrink(config.prune.cut_step)
     config.lasso.end_step = shrink(config.lasso.end_step)
@@ -169,6 +169,7 @@ def test_a_published_run_in_miniature(name, data_dirs, tmp_path, monkeypatch):
 
     cut_step = config.prune.cut_step
     if name in ("alexnet_element_88", "resnet20_filters_1"):
+        config.checkpoint_every = 1
         with pytest.raises(Stop):
             loop.run(config, tmp_path, StopAt(cut_step or 3))
     summary = run_quietly(config, tmp_path)
