@@ -158,9 +158,6 @@ def match_rules(rules: Sequence[Rule], params: PyTree) -> PyTree:
     """
     rules = _checked_rules(rules)
     paths, leaves, treedef = flatten_with_paths(params)
-    shared = [path for path, count in Counter(paths).items() if count > 1]
-    if shared:
-        raise ValueError(f"several parameters have the path {shared[0]!r}; rename one")
     prunable = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves]
     winner: list[int | None] = [
         next((i for i, r in enumerate(rules) if re.fullmatch(r.pattern, path)), None)

@@ -39,9 +39,17 @@ def path_string(keys: KeyPath) -> str:
 
 
 def flatten_with_paths(tree: PyTree) -> tuple[list[str], list[Any], PyTreeDef]:
-    """The paths, the leaves and the structure of `tree`, in one order."""
+    """The paths, the leaves and the structure of `tree`, in one order.
+
+    Raises:
+      ValueError: if two leaves have the same path, as in `{"a/b": 1, "a": {"b": 2}}`.
+    """
     entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return [path_string(keys) for keys, _ in entries], [x for _, x in entries], treedef
+    paths = [path_string(keys) for keys, _ in entries]
+    if len(set(paths)) < len(paths):
+        shared = next(path for i, path in enumerate(paths) if path in paths[:i])
+        raise ValueError(f"several leaves have the path {shared!r}; rename one")
+    return paths, [x for _, x in entries], treedef
 
 
 def abstract_array(x: Any) -> jax.ShapeDtypeStruct:

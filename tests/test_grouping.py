@@ -291,6 +291,14 @@ def test_shapes_are_enough_and_no_weight_is_made():
     assert len(jax.live_arrays()) == before
 
 
+def test_variables_of_one_path_are_refused():
+    variables = {"a/b": shaped(3, 4), "a": {"b": shaped(4, 5)}}
+    with pytest.raises(ValueError, match="several leaves have the path 'a/b'"):
+        agp.find_couplings(
+            lambda v, x: x @ v["a/b"] @ v["a"]["b"], variables, shaped(2, 3)
+        )
+
+
 def test_arrays_and_shapes_give_the_same_couplings():
     arrays = jax.tree.map(lambda x: jnp.ones(x.shape), RESIDUAL)
     by_shape = agp.find_couplings(residual, RESIDUAL, IMAGES)

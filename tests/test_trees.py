@@ -139,6 +139,11 @@ def test_a_bare_array_has_the_empty_path_and_an_empty_tree_none():
     assert flatten_with_paths({})[0] == []
 
 
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(ValueError, match="several leaves have the path 'a/b'; rename"):
+        flatten_with_paths({"a/b": jnp.ones(2), "a": {"b": jnp.ones(3), "c": 1}})
+
+
 def mirrored(params, state):
     """For each leaf of the state the path of the parameter it mirrors, or None."""
     paths = flatten_with_paths(params)[0]
