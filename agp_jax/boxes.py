@@ -72,7 +72,7 @@ def count_nonzero(arrays: Sequence[jax.Array]) -> list[int]:
 
 @jax.jit
 def _count_nonzero(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.sum(x != 0, dtype=jnp.int64) for x in arrays]
+    return [jnp.sum(x.astype(bool), dtype=jnp.int64) for x in arrays]
 
 
 def _fold_boxes(values: jax.Array, box: Shape) -> tuple[list[jax.Array], Shape]:

@@ -50,7 +50,7 @@ def keep_n_of_m(leaf: Leaf, step: int | jax.Array) -> jax.Array:
     finite = functools.reduce(jnp.logical_and, [keys < INFINITY for keys in rivals])
     cell_axes = tuple(range(leaf.rule.stacked_axes, finite.ndim))
     sound = jnp.all(finite, axis=cell_axes, keepdims=True)
-    num_kept = m - sound * _num_removed_of_m(leaf.schedule, m, step)
+    num_kept = m - jnp.where(sound, _num_removed_of_m(leaf.schedule, m, step), 0)
     kept = []
     for i, own in enumerate(rivals):
         # How many of its group come before a weight: equal keys go by place.

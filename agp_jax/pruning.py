@@ -205,7 +205,8 @@ def _stay_zero(mask: jax.Array, update: jax.Array, weights: jax.Array) -> jax.Ar
     It takes the weights' dtype where that is the wider one: rounded to a narrower
     one, -weights would leave a rest.
     """
-    dtype = jnp.promote_types(update.dtype, weights.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # a wish of ours, not of the caller
+        dtype = jnp.promote_types(update.dtype, weights.dtype)
     return jnp.where(mask, update.astype(dtype), -weights.astype(dtype))
 
 

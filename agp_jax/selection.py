@@ -250,14 +250,15 @@ def _turned_to_positions(
     low, high, reach_low, reach_high, wanted, even, by_position, least = bracket
     is_one_key = _unsigned(high) - _unsigned(low) <= _unsigned(step)
     turns = is_one_key & (reach_low > wanted) & (by_position == 0)
+    turned = turns.astype(jnp.int32)
     return Bracket(
         low=jnp.where(turns, -total, low),
         high=jnp.where(turns, 0, high),
         reach_low=jnp.where(turns, reach_low - reach_high, reach_low),
         reach_high=jnp.where(turns, 0, reach_high),
         wanted=jnp.where(turns, wanted - reach_high, wanted),
-        even=even | turns,
-        by_position=by_position | turns,
+        even=even | turned,
+        by_position=by_position | turned,
         least=jnp.where(turns, low, least),
     )
 

@@ -94,10 +94,14 @@ def all_rules():
 
 @functools.cache
 def train_all_structures():
-    """All moments of a run with every structure, and the text of its program."""
+    """All moments of a run with every structure, and the text of its program.
+
+    Nothing in it asks for the usual promotion of dtypes.
+    """
     tx = agp.prune(optax.sgd(0.25), all_rules())
-    moments = [start(tx, draw_dyadic(0, ALL_SHAPES))]
-    step = jit_step(tx).lower(moments[0].params, moments[0]).compile()
+    with jax.numpy_dtype_promotion("strict"):
+        moments = [start(tx, draw_dyadic(0, ALL_SHAPES))]
+        step = jit_step(tx).lower(moments[0].params, moments[0]).compile()
     for t in range(1, 6):
         moments.append(step(draw_dyadic(t, ALL_SHAPES), moments[-1]))
     return moments, step.as_text()
@@ -133,6 +137,18 @@ def test_sgd_is_the_plain_gradual_pruning_loop(name):
     ):
         np.testing.assert_array_equal(moment.state.masks[name], mask)
         np.testing.assert_array_equal(moment.params[name], weights)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_another_dtype_need_no_promotion_either(packed):
+    tx = agp.prune(optax.sgd(0.25), all_rules(), packed=packed)
+    params = draw_dyadic(0, ALL_SHAPES)
+    gradients = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(tx.update, gradients, state, params)
+    assert after == state
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
 
 
 def test_tensors_ranked_together_share_one_count():
