@@ -1,7 +1,9 @@
 """Masks: which weights a set of rules keeps at a step, as a tree like the parameters.
 
 A mask is a bool array shaped like its parameter, True where the weight is kept.
-`optax.MaskedNode()`, a tree without leaves, stands where a parameter is not pruned.
+`optax.MaskedNode()`, a tree without leaves, stands where a parameter is not pruned: in
+the place of the parameter, and of the box that holds nothing else, such as an NNX
+variable.
 """
 
 import functools
@@ -20,7 +22,7 @@ from agp_jax.couplings import Couplings, Group
 from agp_jax.rules import Rule, match_rules
 from agp_jax.selection import Entrant
 from agp_jax.shardings import indices_along
-from agp_jax.trees import PyTree, flatten_with_paths, leaves_of
+from agp_jax.trees import PyTree, flatten_with_paths, leaves_of, unflatten_around
 from agp_jax.units import (
     all_units,
     enter_group,
@@ -150,7 +152,8 @@ def remake_masks(
     groups = [ranked.group for ranked in ranked_groups]
     kept = [units[group.name] for group in groups]
     new_masks |= masks_of_members(groups, kept, weights, new_masks)
-    return treedef.unflatten(new_masks.get(path, optax.MaskedNode()) for path in paths)
+    masks_of_all = [new_masks.get(path) for path in paths]
+    return unflatten_around(treedef, masks_of_all, optax.MaskedNode())
 
 
 def _pruned_leaves(

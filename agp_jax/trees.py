@@ -25,27 +25,35 @@ Shape = tuple[int, ...]
 
 
 def path_string(keys: KeyPath) -> str:
-    """The path of one leaf: its keys joined by slashes.
-
-    NNX stores an array in the attribute `value` of its variable; that last key is
-    dropped, so a parameter has one name inside and outside of NNX.
+    """The keys of a leaf, joined by slashes.
 
     >>> path_string((DictKey("layers"), SequenceKey(0), GetAttrKey("kernel")))
     'layers/0/kernel'
     """
-    if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
-        keys = keys[:-1]
     return "/".join(_key_name(key) for key in keys)
 
 
-def flatten_with_paths(tree: PyTree) -> tuple[list[str], list[Any], PyTreeDef]:
+def flatten_with_paths(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[str], list[Any], PyTreeDef]:
     """The paths, the leaves and the structure of `tree`, in one order.
+
+    A path is that of the keys. NNX stores an array in the attribute `value` of its
+    variable, which holds nothing else; that last key is dropped, so a parameter has one
+    name inside and outside of NNX. A `value` beside a `query` and a `key` has its name.
 
     Raises:
       ValueError: if two leaves have the same path, as in `{"a/b": 1, "a": {"b": 2}}`.
     """
-    entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    paths = [path_string(keys) for keys, _ in entries]
+    entries, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    keys_of = [keys for keys, _ in entries]
+    if any(keys and _is_value(keys[-1]) for keys in keys_of):
+        tree = treedef.unflatten(range(len(entries)))
+        held, _ = jax.tree_util.tree_flatten_with_path(
+            tree, lambda x: x is not tree and _is_value(_box_key(x))
+        )
+        keys_of = [keys for keys, _ in held]  # of boxes, and of what is in none
+    paths = [path_string(keys) for keys in keys_of]
     if len(set(paths)) < len(paths):
         shared = next(path for i, path in enumerate(paths) if path in paths[:i])
         raise ValueError(f"several leaves have the path {shared!r}; rename one")
@@ -55,6 +63,26 @@ def flatten_with_paths(tree: PyTree) -> tuple[list[str], list[Any], PyTreeDef]:
 def abstract_array(x: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype of an array, without its numbers."""
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def unflatten_around(
+    treedef: PyTreeDef, leaves: Sequence[Any], absent: PyTree
+) -> PyTree:
+    """The tree of `leaves`, with `absent` where one is None.
+
+    Where a box holds a leaf and nothing else, as NNX variables and Flax's boxes of
+    metadata do, `absent` stands in the place of the box: who finds a box in a tree may
+    rely on an array in it.
+    """
+    tree = treedef.unflatten(range(len(leaves)))
+    is_box = lambda x: not isinstance(x, tuple) and _box_key(x) is not None  # noqa: E731
+    places, outer = jax.tree.flatten(tree, is_leaf=is_box)
+    return outer.unflatten(
+        absent
+        if leaf is None
+        else jax.tree.unflatten(jax.tree.structure(place), [leaf])
+        for place, leaf in zip(places, leaves, strict=True)
+    )
 
 
 def leaves_of(tree: PyTree | None, paths: Sequence[str], what: str) -> list[Any]:
@@ -177,6 +205,26 @@ def subtree_at(tree: PyTree, prefix: str) -> PyTree:
 
 def _is_masked_node(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def _box_key(node: PyTree) -> Any:
+    """The key of the attribute in which `node` holds a leaf, if it holds nothing else.
+
+    None for other nodes, and for leaves.
+    """
+    children, _ = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda x: x is not node
+    )
+    if len(children) != 1 or not jax.tree_util.all_leaves([children[0][1]]):
+        return None
+    match children[0][0]:
+        case (GetAttrKey() | FlattenedIndexKey() as key,):
+            return key
+    return None
+
+
+def _is_value(key: Any) -> bool:
+    return isinstance(key, GetAttrKey) and key.name == "value"
 
 
 def _key_name(key: Any) -> str:

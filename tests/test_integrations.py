@@ -258,6 +258,46 @@ def test_masks_of_an_nnx_optimizer_apply_to_its_model():
     )
 
 
+def shapes_of_variables(state):
+    """As trainers take stock of a state, or plan where it lies."""
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return [(x.shape, x.dtype) for x in jax.tree.leaves(state, is_leaf=is_variable)]
+
+
+def test_all_variables_of_an_nnx_optimizer_hold_arrays():
+    model = make_nnx_network()
+    optimizer = nnx.Optimizer(model, make_optimizer(), wrt=nnx.Param)
+    gradients = nnx.state(model, nnx.Param)
+    for _ in range(2):
+        assert shapes_of_variables(optimizer.opt_state)
+        found = shapes_of_variables(nnx.state(optimizer, nnx.OptState))
+        assert found.count(((8, 3), bool)) == 1
+        assert len(found) == 2 + 4 + 2  # steps, momentum, masks
+        graph, state = nnx.split(optimizer)
+        assert shapes_of_variables(nnx.state(nnx.merge(graph, state))) == found
+        optimizer.update(model, gradients)
+
+
+def test_all_boxes_in_a_state_hold_arrays():
+    params = {
+        name: {
+            key: nn.Partitioned(x, names=(None,) * x.ndim) for key, x in layer.items()
+        }
+        for name, layer in draw_weights().items()
+    }
+    tx = make_optimizer()
+    state = tx.init(params)
+    _, state = jax.jit(tx.update)(params, state, params)
+    unboxed = nn.unbox(state)
+    assert unboxed.masks["first"]["bias"] == optax.MaskedNode()
+    assert unboxed.masks["first"]["kernel"].shape == (4, 8)
+    assert nn.get_partition_spec(state).masks["first"]["bias"] == optax.MaskedNode()
+    _, params = nnx.split(make_nnx_network(), nnx.Param)
+    state = tx.init(params)
+    _, state = jax.jit(tx.update)(params, state, params)
+    assert len(shapes_of_variables(state)) == 1 + 2 + 4
+
+
 def test_an_nnx_optimizer_cannot_hold_packed_masks():
     model = make_nnx_network()
     tx = agp.prune(optax.sgd(0.1), RULES, packed=True)

@@ -67,6 +67,19 @@ def test_no_rules_and_tuples_of_rules_are_fine():
     assert agp.match_rules([], params) == {"a": None, "b": None}
 
 
+class Attention(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+def test_queries_keys_and_values_are_parameters_of_their_own():
+    attention = Attention(jnp.ones(2), jnp.ones(2), jnp.ones(2))
+    every = rule("attn/(query|key|value)")
+    matched = agp.match_rules([every], {"attn": attention, "bias": jnp.ones(2)})
+    assert matched == {"attn": Attention(every, every, every), "bias": None}
+
+
 def test_only_real_floats_are_pruned():
     params = {
         "f32": jnp.ones(4),

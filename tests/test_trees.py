@@ -1,9 +1,10 @@
 """Paths: one name for a leaf, whatever the model is made of."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
+import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,6 +18,7 @@ from agp_jax.trees import (
     map_children,
     map_moments,
     path_string,
+    unflatten_around,
 )
 
 PATHS = ["encoder/bias", "encoder/kernel", "head/0/bias", "head/0/kernel"]
@@ -113,16 +115,77 @@ def test_linen_variables_keep_the_name_of_their_collection():
         ((), ""),
         ((DictKey("a"), SequenceKey(1), GetAttrKey("w")), "a/1/w"),
         ((FlattenedIndexKey(3), DictKey(7)), "3/7"),
-        ((DictKey("a"), GetAttrKey("value")), "a"),
-        ((DictKey("a"), GetAttrKey("value"), DictKey("b")), "a/value/b"),
-        ((DictKey("a"), GetAttrKey("value"), GetAttrKey("value")), "a/value"),
-        ((DictKey("a"), DictKey("value")), "a/value"),
-        ((GetAttrKey("value"),), "value"),
+        ((DictKey("a"), GetAttrKey("value")), "a/value"),
         (("something else",), "something else"),
     ],
 )
-def test_a_path_is_its_keys_joined_without_a_last_nnx_value(keys, path):
+def test_keys_are_joined_by_slashes(keys, path):
     assert path_string(keys) == path
+
+
+@flax.struct.dataclass
+class Box:
+    value: Any
+    names: tuple = flax.struct.field(pytree_node=False, default=())
+
+
+@flax.struct.dataclass
+class Attention:
+    query: Any
+    key: Any
+    value: Any
+
+
+class Pair(NamedTuple):
+    value: Any
+    scale: Any = None
+
+
+BOXED = {
+    "a box": ({"a": Box(1)}, ["a"]),
+    "a box of Flax": ({"a": linen.Partitioned(1, names=(None,))}, ["a"]),
+    "a variable": ({"a": nnx.Param(jnp.ones(1))}, ["a"]),
+    "boxes in boxes": ({"a": Box(Box(1))}, ["a/value"]),
+    "a box of trees": ({"a": Box({"b": 1, "c": 2})}, ["a/value/b", "a/value/c"]),
+    "a box alone": (Box(1), ["value"]),
+    "one of three": (
+        {"a": Attention(1, 2, 3)},
+        ["a/query", "a/key", "a/value"],
+    ),
+    "the only one of three": ({"a": Attention(None, {}, 3)}, ["a/value"]),
+    "of boxes": (
+        [Attention(Box(1), Box(2), Box(3))],
+        ["0/query", "0/key", "0/value"],
+    ),
+    "a named tuple": ({"a": Pair(1, 2)}, ["a/value", "a/scale"]),
+    "one without a scale": ({"a": Pair(1)}, ["a/value"]),
+    "a key": ({"a": {"value": 1}}, ["a/value"]),
+}
+
+
+@pytest.mark.parametrize("tree, paths", BOXED.values(), ids=BOXED)
+def test_a_last_value_is_no_name_where_it_is_all_that_a_box_holds(tree, paths):
+    assert flatten_with_paths(tree)[0] == paths
+    is_leaf = lambda x: isinstance(x, list) and not x  # noqa: E731
+    empty = jax.tree.map(lambda x: [], tree)
+    assert flatten_with_paths(empty, is_leaf)[0] == paths
+
+
+def test_what_is_absent_takes_the_place_of_its_box():
+    tree = {
+        "box": [Box(1), Box(2), nnx.Param(jnp.ones(2)), linen.Partitioned(3, names=())],
+        "pair": Pair(4),
+        "dict": {"kernel": 5},
+        "attention": Attention(Box(6), 7, 8),
+    }
+    _, leaves, treedef = flatten_with_paths(tree)
+    assert jax.tree.structure(unflatten_around(treedef, leaves, ())) == treedef
+    assert unflatten_around(treedef, [None] * len(leaves), "-") == {
+        "box": ["-"] * 4,
+        "pair": Pair("-"),
+        "dict": {"kernel": "-"},
+        "attention": Attention("-", "-", "-"),
+    }
 
 
 def test_flattening_keeps_the_order_of_jax_and_skips_none():
