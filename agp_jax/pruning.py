@@ -17,7 +17,7 @@ from agp_jax.masks import (
     remake_masks,
 )
 from agp_jax.packing import PackedMask, pack, unpack
-from agp_jax.rules import Rule, match_rules
+from agp_jax.rules import Rule, checked_rules, match_rules
 from agp_jax.trees import PyTree, map_children, map_moments
 
 
@@ -47,7 +47,8 @@ def prune(
 
     After every update the masks are those of the rules' schedules at the number of
     updates done, and the parameters that `optax.apply_updates` gives are exactly zero
-    where masked. Nothing else needs to be called.
+    where masked. Nothing else needs to be called. `update` may be jitted or not; leaves
+    whose update is None, such as the functions of an Equinox model, are passed over.
 
     The wrapped optimizer sees gradients that are zero where masked. At an event the
     weights that `update` is given are ranked, and what goes also loses its entries in
@@ -90,13 +91,14 @@ def prune(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def store(masks: PyTree) -> PyTree:
-        return jax.tree.map(pack, masks) if packed else masks
-
     def init(params: optax.Params) -> PruneState:
+        if _stands_for_parameters(params):
+            masks = params
+        else:
+            masks = make_masks(params, rules, 0, couplings=couplings)
         return PruneState(
             step=jnp.zeros((), jnp.int32),
-            masks=store(make_masks(params, rules, 0, couplings=couplings)),
+            masks=_packed(masks) if packed else masks,
             inner_state=inner.init(params),
         )
 
@@ -112,29 +114,19 @@ def prune(
             raise ValueError(
                 "prune needs the parameters: call tx.update(grads, state, params)"
             )
-        matched = match_rules(rules, params)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        is_event = _is_event(matched, step)
-
-        def remake() -> PyTree:
-            masks = remake_masks(
-                params,
-                matched,
-                step,
-                masks=_unpacked(state.masks),
-                gradients=updates,
-                scores=scores,
-                couplings=couplings,
-            )
-            return store(masks)
-
-        def forget() -> PyTree:
-            return _mask_moments(state.inner_state, _unpacked(stored), params)
-
-        # The masks come first, so that one fused pass can make the masked update. The
-        # state goes apart, or XLA would choose again for it, from a copy of the masks.
-        stored = jax.lax.cond(is_event, remake, lambda: state.masks)
-        inner_state = jax.lax.cond(is_event, forget, lambda: state.inner_state)
+        params = _without_idle_leaves(params, updates)
+        checked = checked_rules(rules)
+        step, stored, inner_state = _follow_rules(
+            params,
+            updates if any(rule.scores_gradients for rule in checked) else None,
+            scores,
+            state.step,
+            state.masks,
+            state.inner_state,
+            rules=checked,
+            couplings=couplings,
+            packed=packed,
+        )
         masks = _unpacked(stored)
         new_updates, inner_state = inner.update(
             apply_masks(updates, masks),
@@ -148,6 +140,50 @@ def prune(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Inside of a jitted step nothing is left of this `jit`. In a loop without one it keeps
+# the conditionals, whose branches are made anew at every call, from compiling anew.
+@functools.partial(
+    jax.jit, static_argnames=("rules", "couplings", "packed"), inline=True
+)
+def _follow_rules(
+    params: PyTree,
+    gradients: PyTree | None,
+    scores: PyTree | None,
+    step: jax.Array,
+    stored: PyTree,
+    inner_state: PyTree,
+    *,
+    rules: tuple[Rule, ...],
+    couplings: Couplings | None,
+    packed: bool,
+) -> tuple[jax.Array, PyTree, PyTree]:
+    """The next step, its masks as they are stored, and what the optimizer remembers."""
+    matched = match_rules(rules, params)
+    step = jnp.asarray(optax.safe_increment(step))
+    is_event = _is_event(matched, step)
+
+    def remake() -> PyTree:
+        masks = remake_masks(
+            params,
+            matched,
+            step,
+            masks=_unpacked(stored),
+            gradients=gradients,
+            scores=scores,
+            couplings=couplings,
+        )
+        return _in_the_form_of(stored, _packed(masks) if packed else masks)
+
+    def forget() -> PyTree:
+        return _mask_moments(inner_state, _unpacked(masks), params)
+
+    # The masks come first, so that one fused pass can make the masked update. The
+    # state goes apart, or XLA would choose again for it, from a copy of the masks.
+    masks = jax.lax.cond(is_event, remake, lambda: stored)
+    inner_state = jax.lax.cond(is_event, forget, lambda: inner_state)
+    return step, masks, inner_state
 
 
 def get_masks(opt_state: optax.OptState) -> PyTree:
@@ -179,6 +215,49 @@ def _unite(masks: PyTree, others: PyTree) -> PyTree:
             "one optimizer"
         )
     return map_children(_unite, masks, others)
+
+
+def _stands_for_parameters(params: PyTree) -> bool:
+    """Whether it is a placeholder: a node of its own kind that holds nothing.
+
+    `optax.tree_map_params` calls `init` with one, to learn which parts of a state are
+    like the parameters.
+    """
+    structure = jax.tree.structure(params)
+    is_container = params is None or isinstance(params, dict | list | tuple)
+    return structure.num_nodes == 1 and not structure.num_leaves and not is_container
+
+
+def _without_idle_leaves(params: PyTree, updates: PyTree) -> PyTree:
+    """`params` with None where the update is: what is there does not train.
+
+    Equinox' models hold functions, strings and counters beside the parameters.
+    """
+    return jax.tree.map(
+        lambda update, x: None if update is None else x,
+        updates,
+        params,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _in_the_form_of(stored: PyTree, masks: PyTree) -> PyTree:
+    """`masks` in the containers of those that the state holds.
+
+    Where no mask is, `init` and `update` may have seen different things.
+    """
+    structure, leaves = jax.tree.structure(stored), jax.tree.leaves(masks)
+    if structure.num_leaves != len(leaves):
+        raise ValueError(
+            f"the rules prune {len(leaves)} of these parameters, but the state has "
+            f"masks of {structure.num_leaves}: call init with the parameters that "
+            f"update is called with"
+        )
+    return structure.unflatten(leaves)
+
+
+def _packed(masks: PyTree) -> PyTree:
+    return jax.tree.map(pack, masks)
 
 
 def _unpacked(masks: PyTree) -> PyTree:

@@ -156,9 +156,9 @@ def match_rules(rules: Sequence[Rule], params: PyTree) -> PyTree:
         structure does not fit a tensor or lacks a schedule; if two parameters have the
         same path.
     """
-    rules = _checked_rules(rules)
+    rules = checked_rules(rules)
     paths, leaves, treedef = flatten_with_paths(params)
-    prunable = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves]
+    prunable = [_is_real(x) for x in leaves]
     winner: list[int | None] = [
         next((i for i, r in enumerate(rules) if re.fullmatch(r.pattern, path)), None)
         for path in paths
@@ -185,7 +185,16 @@ def match_rules(rules: Sequence[Rule], params: PyTree) -> PyTree:
     return treedef.unflatten(matched)
 
 
-def _checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+def _is_real(x: Any) -> bool:
+    """Whether a leaf is of real floating point numbers; it may be anything."""
+    dtype = getattr(x, "dtype", None)
+    return (
+        isinstance(x, float) if dtype is None else jnp.issubdtype(dtype, jnp.floating)
+    )
+
+
+def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules, if they are some: a ValueError tells what they are instead."""
     if isinstance(rules, Rule):
         raise ValueError(f"expected a list of rules, got one: [{rules}]")
     for rule in rules:

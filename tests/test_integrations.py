@@ -207,6 +207,35 @@ def train_equinox():
         yield as_dicts(model), as_dicts(agp.get_masks(state))
 
 
+class WholeModel(eqx.Module):
+    """Not everything in it trains."""
+
+    kernel: jax.Array
+    activation: Any
+    calls: jax.Array
+    width: int
+    name: str = "float32"  # no array, though the name of a dtype
+
+
+@pytest.mark.parametrize("seen_by_init", [lambda model: model, None])
+def test_update_may_see_all_of_an_equinox_model(seen_by_init):
+    kernel = draw_weights()["first"]["kernel"]
+    model = WholeModel(kernel, jax.nn.relu, jnp.int32(3), 8)
+    filtered = eqx.filter(model, eqx.is_inexact_array)
+    rules = [agp.Rule(".*", agp.element(), agp.one_shot(0.5, step=2))]
+    tx = agp.prune(optax.sgd(0.1), rules)
+    state = tx.init(seen_by_init(model) if seen_by_init else filtered)
+    before = jax.tree.structure(state)
+    of_kernel = lambda model: jnp.sum(model.kernel**2)  # noqa: E731
+    for num_zeros in 0, 16:
+        updates, state = tx.update(eqx.filter_grad(of_kernel)(model), state, model)
+        model = eqx.apply_updates(model, updates)
+        assert int(jnp.sum(model.kernel == 0)) == num_zeros
+    assert jax.tree.structure(state) == before and model.activation is jax.nn.relu
+    kept = agp.get_masks(state).kernel
+    np.testing.assert_allclose(model.kernel, jnp.where(kept, kernel * 0.64, 0), 1e-5)
+
+
 @functools.cache
 def expected():
     return list(train_dict())

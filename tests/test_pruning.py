@@ -19,6 +19,7 @@ from pruning_cases import (
     jit_step,
     keep_best,
     num_removed,
+    prune_states,
     start,
 )
 
@@ -151,6 +152,40 @@ def test_two_masks_of_one_parameter_are_refused(place):
     tx = optax.chain(SETUPS["sgd"].pruned, SETUPS["adam"].pruned)
     with pytest.raises(ValueError, match="several PruneStates"):
         agp.get_masks(place(tx.init(draw(0))))
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(tx)])
+def test_optax_finds_what_is_like_the_parameters(wrap):
+    """As trainers do to say where a state lies; see also `optax.masked`."""
+    tx = wrap(agp.prune(optax.adam(0.1), RULES))
+    specs = {"dense": {"kernel": 1, "bias": 2}, "head": {"kernel": 3, "scale": 4}}
+    state = jax.eval_shape(tx.init, draw(0))
+    found = optax.tree_map_params(
+        tx,
+        lambda _, spec: spec,
+        state,
+        specs,
+        transform_non_params=lambda _: 0,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    (pruned,) = prune_states(found)
+    (adam, _) = pruned.inner_state
+    assert pruned.masks == adam.mu == adam.nu == specs
+    assert pruned.step == adam.count == 0
+
+
+@pytest.mark.parametrize("params", [{}, [], None])
+def test_no_parameters_are_no_placeholder(params):
+    with pytest.raises(ValueError, match="matches no parameter"):
+        SETUPS["adam"].pruned.init(params)
+
+
+def test_parameters_that_init_did_not_see_are_refused():
+    rules = [agp.Rule(".*kernel", agp.element(), GRADUAL)]
+    tx = agp.prune(optax.sgd(0.1), rules)
+    state = tx.init({"dense": draw(0)["dense"]})
+    with pytest.raises(ValueError, match="prune 2 of these.*has masks of 1: call init"):
+        jax.eval_shape(tx.update, draw(1), state, draw(0))
 
 
 def test_update_without_parameters_is_refused():

@@ -73,6 +73,37 @@ def test_donated_buffers_give_the_same_run():
         assert_same(moment, expected)
 
 
+REBUILT = optax.inject_hyperparams(  # makes its optimizer anew at each update
+    lambda rate: agp.prune(optax.sgd(rate, momentum=0.9), RULES)
+)(0.1)
+
+
+@pytest.mark.parametrize("tx", [PRUNED, REBUILT], ids=["one", "rebuilt"])
+def test_a_loop_without_jit_compiles_once_and_gives_the_same_run(tx, caplog):
+    moment, counts = start(tx, draw(0)), []
+    with jax.log_compiles():
+        for t in range(1, NUM_STEPS + 1):
+            caplog.clear()
+            gradients = jax.grad(loss)(moment.params, batches()[t - 1])
+            caplog.clear()
+            updates, state = tx.update(gradients, moment.state, moment.params)
+            counts.append(sum("Finished XLA" in x.message for x in caplog.records))
+            moment = Moment(optax.apply_updates(moment.params, updates), state)
+    assert counts[0] > 0 and counts[2:] == [0] * (NUM_STEPS - 2)
+    masks = agp.get_masks(moment.state)
+    assert_same(masks, agp.get_masks(learned()[-1].state))
+
+
+def test_devices_with_copies_of_their_own_prune_each_of_them():
+    step = jax.pmap(functools.partial(learn, PRUNED), donate_argnums=0)
+    apart = [learned(0)[1], learned(1)[1]]
+    together = jax.tree.map(lambda *x: jnp.stack(x), *apart)
+    together = step(together, jnp.stack([batches()[1]] * 2))
+    for i in range(2):
+        one = jax.tree.map(lambda x, i=i: x[i], together)
+        assert_same(one.state.masks, learned(i)[2].state.masks)
+
+
 def test_scan_over_steps_gives_the_same_run():
     @jax.jit
     def run(moment):
