@@ -20,6 +20,7 @@ from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule, in_parts
 from agp_jax.selection import Entrant, keep_largest
 from agp_jax.shardings import neighbours
+from agp_jax.structures import axis_of_groups
 
 
 def hold_contests(
@@ -44,8 +45,8 @@ def hold_contests(
 def keep_n_of_m(leaf: Leaf, step: int | jax.Array) -> jax.Array:
     """The mask of a leaf whose weights compete in groups of m along an axis."""
     assert leaf.structure.keep_n_of_m is not None
-    _, m, axis = leaf.structure.keep_n_of_m  # the schedule ends at n, says `Rule`
-    axis = leaf.rule.stacked_axes + axis % len(leaf.cell_shape)
+    _, m, _ = leaf.structure.keep_n_of_m  # the schedule ends at n, says `Rule`
+    axis = leaf.rule.stacked_axes + axis_of_groups(leaf.structure, leaf.cell_shape)
     rivals = _rival_keys(leaf, axis, m)
     finite = functools.reduce(jnp.logical_and, [keys < INFINITY for keys in rivals])
     cell_axes = tuple(range(leaf.rule.stacked_axes, finite.ndim))

@@ -88,7 +88,7 @@ class Rule:
         if self.structure and self.structure.keep_n_of_m:
             self._check_n_of_m(*self.structure.keep_n_of_m)
 
-    def _check_n_of_m(self, n: int, m: int, axis: int):
+    def _check_n_of_m(self, n: int, m: int, axis: int | None):
         if self.scope == "rule":
             raise ValueError(
                 f"{self}: {self.structure} ranks within groups of {m}, so "

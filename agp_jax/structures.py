@@ -21,13 +21,14 @@ class Structure:
       name: how it was made, as printed in reports; structures of one name are equal.
       box: gives, for a tensor's shape, the shape of its boxes.
       keep_n_of_m: `(n, m, axis)` where cells compete only in groups of m neighbours
-        along `axis`, of which the last event keeps n; None where all cells compete.
+        along `axis`, of which the last event keeps n; None where all cells compete. An
+        axis of None is that of the input features.
       axis: the one axis that is divided, where cells span all others; else None.
     """
 
     name: str
     box: Callable[[Shape], Shape] = dataclasses.field(compare=False, repr=False)
-    keep_n_of_m: tuple[int, int, int] | None = None
+    keep_n_of_m: tuple[int, int, int | None] | None = None
     axis: int | None = None
 
     def __str__(self) -> str:
@@ -51,18 +52,24 @@ def block(shape: Sequence[int]) -> Structure:
     return Structure(f"block({sizes})", lambda _: sizes)
 
 
-def n_m(n: int, m: int, axis: int = -2) -> Structure:
-    """Keeps n of every m neighbours along `axis` (by default the input features).
+def n_m(n: int, m: int, axis: int | None = None) -> Structure:
+    """Keeps n of every m neighbours along `axis`, by default the input features.
+
+    Those are the axis before the last in kernels of products (in, out) and of
+    convolutions (height, width, in, out). Of three axes it may be another one, as in
+    (in, heads, features of a head), so these need an axis.
 
     Under a schedule it gets there gradually: at sparsity s each group of m has lost
     floor(s * m), for 2:4 first none, then one, then two. The schedule must therefore
     end where n of m are left.
     """
-    n, m, axis = _whole("n", n), _whole("m", m), _whole("axis", axis)
+    n, m = _whole("n", n), _whole("m", m)
+    axis = None if axis is None else _whole("axis", axis)
     if not 1 <= n <= m:
         raise ValueError(f"n_m keeps n of m with 1 <= n <= m, got n={n}, m={m}")
+    along = "" if axis is None else f", axis={axis}"
     return Structure(
-        f"n_m({n}, {m}, axis={axis})", lambda shape: (1,) * len(shape), (n, m, axis)
+        f"n_m({n}, {m}{along})", lambda shape: (1,) * len(shape), (n, m, axis)
     )
 
 
@@ -109,14 +116,32 @@ def box_shape(structure: Structure, shape: Shape) -> Shape:
             f"of the box {box}"
         )
     if structure.keep_n_of_m:
-        _, m, axis = structure.keep_n_of_m
-        size = shape[_checked_axis(shape, axis)]
-        if size % m:
+        _, m, _ = structure.keep_n_of_m
+        axis = axis_of_groups(structure, shape)
+        if shape[axis] % m:
             raise ValueError(
-                f"{structure} does not tile shape {shape}: axis {axis} has {size} "
-                f"entries, not a multiple of {m}"
+                f"{structure} does not tile shape {shape}: axis {axis} has "
+                f"{shape[axis]} entries, not a multiple of {m}"
             )
     return box
+
+
+def axis_of_groups(structure: Structure, shape: Shape) -> int:
+    """The axis along which m neighbours compete, not negative.
+
+    Raises:
+      ValueError: if it is out of range, or not given where it could be several.
+    """
+    assert structure.keep_n_of_m is not None
+    n, m, axis = structure.keep_n_of_m
+    if axis is None and len(shape) == 3:
+        raise ValueError(
+            f"which axis of shape {shape} is that of the input features? Use "
+            f"n_m({n}, {m}, axis=0) for (in, heads, features of a head), axis=1 for "
+            f"(heads, features of a head, out) or (width, in, out); if the first axis "
+            f"is that of stacked layers, set stacked_axes=1"
+        )
+    return _checked_axis(shape, -2 if axis is None else axis)
 
 
 def grid_shape(box: Shape, shape: Shape) -> Shape:

@@ -48,8 +48,10 @@ def loop_mask(weights, box, num_removed, mask, score=np.abs):
 
 
 N_OF_M = {  # n, m, axis, shape of the tensor
-    "2:4": (2, 4, -2, (8, 5)),
-    "1:4 of conv": (1, 4, -2, (3, 3, 8, 2)),
+    "2:4": (2, 4, None, (8, 5)),
+    "1:4 of conv": (1, 4, None, (3, 3, 8, 2)),
+    "1:4 of 3d conv": (1, 4, None, (2, 1, 2, 4, 3)),
+    "2:4 of 1d conv": (2, 4, -2, (2, 8, 3)),
     "2:4 along the last axis": (2, 4, -1, (3, 12)),
     "3:4 along the first axis": (3, 4, 0, (4, 3, 2)),
     "1:2 in the middle": (1, 2, 1, (3, 6, 2)),
@@ -132,6 +134,7 @@ def test_the_mask_is_that_of_a_loop_over_boxes(name, dtype):
 @pytest.mark.parametrize("name", N_OF_M)
 def test_n_of_m_are_reached_gradually(name, dtype):
     n, m, axis, _ = N_OF_M[name]
+    axis = -2 if axis is None else axis  # the input features
     for level, weights, before, after in prune_all(dtype):
         removed = int((1 - n / m) * level * m)
         expected = n_m_mask(weights[name], m, axis, removed, before[name])
@@ -224,7 +227,8 @@ def test_two_of_four_go_one_after_the_other():
         (agp.channels(), (5,), r"-2.*\(5,\)"),
         (agp.heads(3), (5, 8), r"1.*\(5, 8\).*3"),
         (agp.heads(9, axis=1), (5, 8), r"1.*\(5, 8\).*9"),
-        (agp.n_m(2, 4), (6, 8), r"n_m\(2, 4, axis=-2\).*\(6, 8\).*6.*4"),
+        (agp.n_m(2, 4), (6, 8), r"n_m\(2, 4\) .*\(6, 8\): axis 0 has 6 .*4"),
+        (agp.n_m(2, 4), (8, 4, 4), r"\(8, 4, 4\).*n_m\(2, 4, axis=0\) for \(in, heads"),
         (agp.n_m(2, 4), (8,), r"-2.*\(8,\)"),
         (agp.n_m(2, 4, axis=2), (8, 8), r"2.*\(8, 8\)"),
     ],
@@ -273,7 +277,7 @@ def test_structures_are_values_with_names():
     assert hash(agp.filters()) == hash(agp.filters(axis=-1))
     assert agp.filters() != agp.filters(axis=0)
     assert agp.n_m(2, 4) != agp.n_m(1, 4)
-    names = ["element()", "block((2, 3))", "n_m(2, 4, axis=-2)", "filters(axis=-1)"]
+    names = ["element()", "block((2, 3))", "n_m(2, 4)", "filters(axis=-1)"]
     made = [agp.element(), agp.block((2, 3)), agp.n_m(2, 4), agp.filters()]
     assert [str(structure) for structure in made] == names
     for structure in made:
