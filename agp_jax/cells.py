@@ -1,10 +1,12 @@
 """The cells of a parameter: what they are ranked by, and masks made of them."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from agp_jax.bits import LOWEST, magnitude_bits, ordered_bits
 from agp_jax.boxes import any_in_boxes, fill_boxes, sum_boxes
@@ -41,13 +43,13 @@ class Leaf(NamedTuple):
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """The shape of the leading axes, of which each entry is ranked by itself."""
-        return self.weights.shape[: self.rule.stacked_axes]
+        """The shape of the stacked axes, of which each entry is ranked by itself."""
+        return self.rule.divide(self.weights.shape)[0]
 
     @property
     def cell_shape(self) -> tuple[int, ...]:
         """The shape of one separately ranked tensor."""
-        return self.weights.shape[self.rule.stacked_axes :]
+        return self.rule.divide(self.weights.shape)[1]
 
     @property
     def box(self) -> tuple[int, ...]:
@@ -58,8 +60,30 @@ class Leaf(NamedTuple):
         return grid_shape(self.box, self.cell_shape)
 
 
+def stack_first(leaf: Leaf) -> Leaf:
+    """The leaf with its stacked axes in front, as its cells are ranked."""
+    rows, tensor = leaf.rule.axes_of(leaf.weights.shape)
+    if rows == tuple(range(len(rows))):
+        return leaf
+    arrays = (leaf.weights, leaf.mask, leaf.gradient, leaf.score)
+    return Leaf(
+        leaf.path,
+        dataclasses.replace(leaf.rule, stacked_axes=len(rows)),
+        *(None if x is None else jnp.transpose(x, rows + tensor) for x in arrays),
+    )
+
+
+def stack_back(leaf: Leaf, mask: jax.Array) -> jax.Array:
+    """A mask of `stack_first(leaf)` as one of `leaf`."""
+    rows, tensor = leaf.rule.axes_of(leaf.weights.shape)
+    if rows == tuple(range(len(rows))):
+        return mask
+    return jnp.transpose(mask, np.argsort(rows + tensor).tolist())
+
+
 def enter(leaf: Leaf) -> Entrant:
     """The cells of `leaf` as they enter a contest, or one for each row."""
+    leaf = stack_first(leaf)
     if math.prod(leaf.box) == 1:
         # A weight is a cell: nothing is stored, each pass scores the weights anew. It
         # scores the arrays that it is given, not the leaf's own, which a compiler
@@ -86,14 +110,16 @@ def enter(leaf: Leaf) -> Entrant:
         arrays,
         keys,
         shape=(*leaf.row_shape, *leaf.grid),
-        num_row_axes=leaf.rule.stacked_axes,
+        num_row_axes=len(leaf.row_shape),
         idle_bits=_idle_bits(leaf),
     )
 
 
 def mask_of_cells(leaf: Leaf, kept: jax.Array) -> jax.Array:
     """The mask of `leaf` that keeps the cells `kept`, of those it has not lost yet."""
-    return keep_sharding(fill_boxes(kept, leaf.box), leaf.weights, leaf.mask)
+    front = stack_first(leaf)
+    mask = keep_sharding(fill_boxes(kept, leaf.box), front.weights, front.mask)
+    return stack_back(leaf, mask)
 
 
 def keep_sharding(

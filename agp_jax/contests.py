@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agp_jax.bits import INFINITY
-from agp_jax.cells import Leaf, weight_keys
+from agp_jax.cells import Leaf, stack_back, stack_first, weight_keys
 from agp_jax.rules import Rule
 from agp_jax.schedules import Schedule, in_parts
 from agp_jax.selection import Entrant, keep_largest
@@ -46,10 +46,12 @@ def keep_n_of_m(leaf: Leaf, step: int | jax.Array) -> jax.Array:
     """The mask of a leaf whose weights compete in groups of m along an axis."""
     assert leaf.structure.keep_n_of_m is not None
     _, m, _ = leaf.structure.keep_n_of_m  # the schedule ends at n, says `Rule`
-    axis = leaf.rule.stacked_axes + axis_of_groups(leaf.structure, leaf.cell_shape)
+    whole, leaf = leaf, stack_first(leaf)
+    num_rows = len(leaf.row_shape)
+    axis = num_rows + axis_of_groups(leaf.structure, leaf.cell_shape)
     rivals = _rival_keys(leaf, axis, m)
     finite = functools.reduce(jnp.logical_and, [keys < INFINITY for keys in rivals])
-    cell_axes = tuple(range(leaf.rule.stacked_axes, finite.ndim))
+    cell_axes = tuple(range(num_rows, finite.ndim))
     sound = jnp.all(finite, axis=cell_axes, keepdims=True)
     num_kept = m - jnp.where(sound, _num_removed_of_m(leaf.schedule, m, step), 0)
     kept = []
@@ -59,7 +61,7 @@ def keep_n_of_m(leaf: Leaf, step: int | jax.Array) -> jax.Array:
         rank = sum(x.astype(jnp.int32) for x in before)
         kept.append(rank < num_kept)
     kept = jnp.stack(kept, axis=axis + 1).reshape(leaf.weights.shape)
-    return kept if leaf.mask is None else kept & leaf.mask
+    return stack_back(whole, kept if leaf.mask is None else kept & leaf.mask)
 
 
 def _rival_keys(leaf: Leaf, axis: int, m: int) -> list[jax.Array]:

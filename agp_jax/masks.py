@@ -177,7 +177,13 @@ def _pruned_leaves(
                 f"{mask.shape}"
             )
         gradient = gradients.get(path) if rule.scores_gradients else None
-        leaves[path] = Leaf(path, rule, array, mask, gradient, scores.get(path))
+        score = scores.get(path)
+        if score is not None and jnp.shape(score) != array.shape:
+            raise ValueError(
+                f"scores for {path} must have its shape {array.shape}, got "
+                f"{jnp.shape(score)}"
+            )
+        leaves[path] = Leaf(path, rule, array, mask, gradient, score)
     return leaves
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from agp_jax.schedules import Schedule, in_parts
 from agp_jax.structures import Structure, num_cells
-from agp_jax.trees import PyTree, flatten_with_paths
+from agp_jax.trees import PyTree, Shape, flatten_with_paths
 
 _MAX_CELLS = 2**31 - 1
 _MAX_CELL_SIZE = 2**28
@@ -34,7 +34,9 @@ class Rule:
         arguments. `jnp.abs` ranks cells by L1 norm, `jnp.square` by L2.
       scope: "tensor" ranks each tensor by itself, "rule" all tensors together.
       stacked_axes: so many leading axes index separate tensors of the same shape,
-        as in layers stacked by `scan`; each is ranked by itself.
+        as in layers stacked by `scan`; each is ranked by itself. A tuple of their
+        numbers says which axes these are, where they are others: `(1,)`. The structure
+        counts the axes of one tensor.
       units: with couplings, a regular expression for the whole names of the groups
         whose units go, where those of several kinds lie along one axis: the queries of
         a kernel go with their head of keys, or as many of each head. None for the only
@@ -51,7 +53,7 @@ class Rule:
     _: dataclasses.KW_ONLY
     score: Callable[..., jax.Array] = jnp.abs
     scope: str = "tensor"
-    stacked_axes: int = 0
+    stacked_axes: int | tuple[int, ...] = 0
     units: str | None = None
 
     def __post_init__(self):
@@ -73,10 +75,14 @@ class Rule:
             raise ValueError(
                 f"{self}: scope must be 'tensor' or 'rule', got {self.scope!r}"
             )
-        if not isinstance(self.stacked_axes, int) or self.stacked_axes < 0:
+        stacked = self.stacked_axes
+        is_number = _is_whole(stacked) and stacked >= 0
+        if not is_number and not (
+            isinstance(stacked, tuple) and all(map(_is_whole, stacked))
+        ):
             raise ValueError(
-                f"{self}: stacked_axes must be a number of axes, got "
-                f"{self.stacked_axes!r}"
+                f"{self}: stacked_axes must be a number of leading axes, or a tuple of "
+                f"the numbers of axes, got {stacked!r}"
             )
         if self.units is not None:
             _check_expression(f"{self}: units", self.units)
@@ -116,6 +122,25 @@ class Rule:
         )
         required = [p for p in parameters if p.default is p.empty]
         return sum(p.kind in positional for p in required) > 1
+
+    def axes_of(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes that index separate tensors, and those of one such tensor.
+
+        Raises:
+          ValueError: if the shape has not the axes that are stacked.
+        """
+        stacked, ndim = self.stacked_axes, len(shape)
+        named = stacked if isinstance(stacked, tuple) else range(stacked)
+        rows = sorted({axis % ndim for axis in named if -ndim <= axis < ndim})
+        if len(rows) < len(named):
+            which = f"{stacked} axes" if named is not stacked else f"axes {stacked}"
+            raise ValueError(f"{self} stacks {which}")
+        return tuple(rows), tuple(axis for axis in range(ndim) if axis not in rows)
+
+    def divide(self, shape: Shape) -> tuple[Shape, Shape]:
+        """The shape of the stack that `shape` is, and that of one tensor in it."""
+        rows, tensor = self.axes_of(shape)
+        return tuple(shape[a] for a in rows), tuple(shape[a] for a in tensor)
 
     @property
     def prunes_units(self) -> bool:
@@ -185,6 +210,10 @@ def match_rules(rules: Sequence[Rule], params: PyTree) -> PyTree:
     return treedef.unflatten(matched)
 
 
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
 def _is_real(x: Any) -> bool:
     """Whether a leaf is of real floating point numbers; it may be anything."""
     dtype = getattr(x, "dtype", None)
@@ -234,11 +263,10 @@ def _count_cells(
     rule: Rule, structure: Structure, path: str, shape: tuple[int, ...]
 ) -> int:
     """How many cells a parameter has; raises ValueError if the rule does not fit it."""
-    if rule.stacked_axes > len(shape):
-        raise ValueError(
-            f"{rule} stacks {rule.stacked_axes} axes, but {path} has shape {shape}"
-        )
-    rows, tensor = shape[: rule.stacked_axes], shape[rule.stacked_axes :]
+    try:
+        rows, tensor = rule.divide(shape)
+    except ValueError as error:
+        raise ValueError(f"{error}, but {path} has shape {shape}") from None
     try:
         cells = num_cells(structure, tensor)
     except ValueError as error:

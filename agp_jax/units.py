@@ -139,7 +139,8 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
     assert axis is not None
     axis %= len(leaf.cell_shape)
     width = leaf.box[axis]
-    axis += leaf.rule.stacked_axes
+    rows, tensor = leaf.rule.axes_of(leaf.weights.shape)
+    axis = tensor[axis]
     homes = [
         (group, member)
         for group in couplings.groups
@@ -169,6 +170,12 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
             raise ValueError(
                 f"{subject} a model without units of {group.name} is another one than "
                 f"one with zeros ({group.inexact}). To go on, {advice}"
+            )
+        if rows != tuple(range(len(rows))) and not group.num_layers:
+            raise ValueError(
+                f"{subject} the layers along its axis {rows[0]} lose the same units of "
+                f"{group.name}, so they cannot be ranked apart. Leave stacked_axes "
+                f"out, and count all axes of {leaf.path} in the structure"
             )
     counts = np.bincount(np.concatenate([m.indices.reshape(-1) for _, m in here]))
     if counts.max() > 1:

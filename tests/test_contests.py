@@ -257,6 +257,36 @@ def test_a_slice_is_ranked_as_it_would_be_alone_however_large_the_others(rows):
     jax.tree.map(np.testing.assert_array_equal, again, after)
 
 
+@pytest.mark.parametrize("where", [(1,), (-1,), (0, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_layers_may_be_stacked_along_any_axes(where, masked):
+    """As if they were moved to the front, ranked there, and moved back."""
+    front = tuple(range(len(where)))
+    rows = (4, 3)[: len(where)]
+    params = {k: whole_numbers(i, (*rows, 5, 6)) for i, k in enumerate(STACKED)}
+    params["n_m"] = whole_numbers(9, (*rows, 8, 5))
+    scores = {k: np.float32(3) - np.abs(x) for k, x in params.items()}
+    made = {"n_m": (agp.n_m(1, 4), None), **STACKED}
+    schedule = agp.one_shot(0.75)
+    results = {}
+    for stacked in front, where:
+        move = lambda x, to=stacked: np.moveaxis(x, front, to)  # noqa: E731
+        rules = [rule(k, made[k][0], schedule, stacked_axes=stacked) for k in params]
+        before = {k: move(x.cumsum(-1) % 5 != 0) for k, x in params.items()}
+        after = masker(*rules)(
+            jax.tree.map(move, params),
+            3,
+            before if masked else None,
+            scores=jax.tree.map(move, scores) if masked else None,
+        )
+        results[stacked] = {k: np.moveaxis(x, stacked, front) for k, x in after.items()}
+    jax.tree.map(np.testing.assert_array_equal, results[where], results[front])
+    by_number = [rule(k, made[k][0], schedule, stacked_axes=len(where)) for k in params]
+    if not masked:
+        expected = masker(*by_number)(params, 3)
+        jax.tree.map(np.testing.assert_array_equal, results[where], expected)
+
+
 def test_n_of_m_in_a_stack_counts_its_axis_within_the_slice():
     weights = normal(0, (2, 3, 8, 5))
     half = agp.one_shot(0.5)

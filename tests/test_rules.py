@@ -236,6 +236,9 @@ def test_what_was_taken_is_named_with_the_rule_that_took_it():
         (dict(stacked_axes=-1), "stacked_axes.*-1"),
         (dict(stacked_axes=1.0), "stacked_axes.*1.0"),
         (dict(stacked_axes=None), "stacked_axes.*None"),
+        (dict(stacked_axes=True), "stacked_axes.*True"),
+        (dict(stacked_axes=[1]), "stacked_axes.*tuple.*[1]"),
+        (dict(stacked_axes=(1, False)), "stacked_axes.*(1, False)"),
     ],
 )
 def test_a_rule_of_the_wrong_kind_is_an_error_that_names_the_value(options, named):
@@ -268,6 +271,9 @@ def test_what_is_no_list_of_rules_is_an_error(rules, named):
         (rule("w", agp.heads(5)), r"rule 'w'.*w: .*\(6, 4\).*5"),
         (rule("w", agp.n_m(2, 4)), r"rule 'w'.*w: n_m\(2, 4.*\(6, 4\).*6.*4"),
         (rule("w", stacked_axes=3), r"rule 'w' stacks 3.*w.*\(6, 4\)"),
+        (rule("w", stacked_axes=(0, 2)), r"rule 'w' stacks axes \(0, 2\).*w.*\(6, 4\)"),
+        (rule("w", stacked_axes=(1, -1)), r"stacks axes \(1, -1\).*w.*\(6, 4\)"),
+        (rule("w", agp.filters(axis=1), stacked_axes=(1,)), r"axis 1.*\(6,\)"),
         (rule("w", agp.channels(), stacked_axes=1), r"rule 'w'.*w: axis -2.*\(4,\)"),
     ],
 )

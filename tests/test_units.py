@@ -318,6 +318,21 @@ def test_stacked_layers_lose_different_units_and_equally_many():
     np.testing.assert_allclose(again, masked, rtol=1e-5, atol=1e-6)
 
 
+def layer_by_layer(params, x):
+    for i in range(3):
+        x = x + jax.nn.relu(x @ params["up"][:, i]) @ params["down"][:, i]
+    return x
+
+
+def test_layers_that_lose_the_same_units_cannot_be_ranked_apart():
+    params = {"up": jnp.ones((4, 3, 8)), "down": jnp.ones((8, 3, 4))}
+    found = agp.find_couplings(layer_by_layer, params, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="layers along its axis 1 lose the same units"):
+        agp.make_masks(params, [filters("up", stacked_axes=(1,))], 1, couplings=found)
+    masks = agp.make_masks(params, [filters("up")], 1, couplings=found)
+    assert gone(masks["up"], 2) == gone(masks["down"], 0) == {4, 5, 6, 7}
+
+
 def train(tx, params, steps):
     return go_on(tx, params, jax.jit(tx.init)(params), steps, residual)
 

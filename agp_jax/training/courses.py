@@ -137,7 +137,7 @@ def _removed_part(
 def _count_cells(rule: Rule, shape: Shape) -> tuple[int, int]:
     """The separately ranked rows of a parameter, and the cells of each."""
     assert rule.structure is not None  # it prunes
-    rows, tensor = shape[: rule.stacked_axes], shape[rule.stacked_axes :]
+    rows, tensor = rule.divide(shape)
     return math.prod(rows), num_cells(rule.structure, tensor)
 
 

@@ -293,7 +293,7 @@ def _pair(
 
 def _count_cells(rule: Rule, leaf: LeafCost) -> int:
     assert rule.structure is not None  # it prunes
-    rows, tensor = leaf.shape[: rule.stacked_axes], leaf.shape[rule.stacked_axes :]
+    rows, tensor = rule.divide(leaf.shape)
     return math.prod(rows) * num_cells(rule.structure, tensor)
 
 
