@@ -21,7 +21,7 @@ from agp_jax.contests import hold_contests, keep_n_of_m
 from agp_jax.couplings import Couplings, Group
 from agp_jax.rules import Rule, match_rules
 from agp_jax.selection import Entrant
-from agp_jax.shardings import indices_along
+from agp_jax.shardings import indices_along, varying_axes
 from agp_jax.trees import PyTree, flatten_with_paths, leaves_of, unflatten_around
 from agp_jax.units import (
     all_units,
@@ -71,7 +71,8 @@ def make_masks(
     Raises:
       ValueError: as `match_rules` does; if gradients are needed and missing; if a score
         or mask has not its parameter's shape; if the couplings are of other parameters,
-        or do not let a rule remove what it names.
+        or do not let a rule remove what it names; if `shard_map` has divided what is
+        ranked.
     """
     matched = match_rules(rules, params)
     return remake_masks(
@@ -183,6 +184,14 @@ def _pruned_leaves(
                 f"scores for {path} must have its shape {array.shape}, got "
                 f"{jnp.shape(score)}"
             )
+        for values in (array, gradient, score):
+            if values is not None and (axes := varying_axes(jnp.asarray(values))):
+                raise ValueError(
+                    f"inside of shard_map, devices along {', '.join(sorted(axes))} "
+                    f"hold different parts of {path} or of its scores, and none can "
+                    f"rank them all: call tx.update outside of shard_map, under jit, "
+                    f"where arrays may be divided in any way"
+                )
         leaves[path] = Leaf(path, rule, array, mask, gradient, score)
     return leaves
 

@@ -82,6 +82,15 @@ def neighbours(values: jax.Array, axis: int, count: int) -> list[jax.Array]:
     ]
 
 
+def varying_axes(values: jax.Array) -> frozenset[str]:
+    """The axes of a `shard_map` along which devices hold different `values`.
+
+    Nothing is known where it does not check that (`check_vma=False`), as in `pmap`.
+    """
+    kind = getattr(jax.typeof(values), "manual_axis_type", None)  # of jax 0.10.2
+    return kind.varying if kind else frozenset()
+
+
 def _spec(values: jax.Array) -> list:
     spec = jax.typeof(values).sharding.spec
     return [*spec, *[None] * (values.ndim - len(spec))]

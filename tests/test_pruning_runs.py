@@ -104,6 +104,39 @@ def test_devices_with_copies_of_their_own_prune_each_of_them():
         assert_same(one.state.masks, learned(i)[2].state.masks)
 
 
+def update_in_shard_map(spec, gradient_spec=None, score=jnp.abs):
+    """Masks of an update inside of a shard_map that divides parameters by `spec`."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    rules = [agp.Rule("w", agp.element(), agp.one_shot(0.5, step=1), score=score)]
+    tx = agp.prune(optax.sgd(0.1), rules)
+    weights = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)), "f4")}
+    states = agp.PruneState(P(), spec, P())
+    update = jax.shard_map(
+        lambda *args: tx.update(*args)[1],
+        mesh=mesh,
+        in_specs=(gradient_spec or spec, states, spec),
+        out_specs=states,
+    )
+    masks = jax.jit(update)(weights, tx.init(weights), weights).masks
+    return weights["w"], masks["w"]
+
+
+def test_copies_are_pruned_inside_of_shard_map():
+    weights, mask = update_in_shard_map(P())
+    size = np.abs(np.asarray(weights))
+    np.testing.assert_array_equal(mask, size > np.sort(size.ravel())[7])
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [(P("x"),), (P(None, None), P("x"), lambda w, g: jnp.abs(w * g.sum()))],
+    ids=["weights", "gradients"],
+)
+def test_what_shard_map_divides_is_refused(specs):
+    with pytest.raises(ValueError, match="along x hold.* w .*outside of shard_map"):
+        update_in_shard_map(*specs)
+
+
 def test_scan_over_steps_gives_the_same_run():
     @jax.jit
     def run(moment):
