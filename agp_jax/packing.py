@@ -1,18 +1,20 @@
 """Masks at one bit per weight."""
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey
 
 from agp_jax.shardings import num_shards, split_axis
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PackedMask:
+class PackedMask(NamedTuple):
     """A bool array with eight neighbours along one axis in a byte.
+
+    In a JAX tree `bits` alone is a leaf, and the numbers are part of the structure. To
+    others, such as `flax.serialization`, it is a NamedTuple with three fields.
 
     Attributes:
       bits: uint8, shaped like the mask but for `axis`, which is an eighth as long.
@@ -21,8 +23,16 @@ class PackedMask:
     """
 
     bits: jax.Array
-    axis: int = dataclasses.field(metadata={"static": True})
-    size: int = dataclasses.field(metadata={"static": True})
+    axis: int
+    size: int
+
+
+jax.tree_util.register_pytree_with_keys(
+    PackedMask,
+    lambda x: (((GetAttrKey("bits"), x.bits),), (x.axis, x.size)),
+    lambda numbers, bits: PackedMask(*bits, *numbers),
+    lambda x: ((x.bits,), (x.axis, x.size)),
+)
 
 
 def pack(mask: jax.Array) -> PackedMask | jax.Array:

@@ -359,15 +359,19 @@ def test_an_nnx_optimizer_may_own_part_of_the_model(wrt):
         assert masks[name]["kernel"].dtype == bool
 
 
-def test_a_train_state_survives_flax_serialisation():
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_train_state_survives_flax_serialisation(packed):
+    tx = agp.prune(optax.sgd(0.05, momentum=0.9), RULES, packed=packed)
     make = lambda: TrainState.create(  # noqa: E731
-        apply_fn=LinenNetwork().apply, params=draw_weights(), tx=make_optimizer()
+        apply_fn=LinenNetwork().apply, params=draw_weights(), tx=tx
     )
     step = jax.jit(lambda state: state.apply_gradients(grads=draw_weights()))
     state = make()
     for _ in range(3):
         state = step(state)
     restored = flax.serialization.from_bytes(make(), flax.serialization.to_bytes(state))
+    forms = [jax.tree.structure(x.opt_state) for x in (restored, state)]
+    assert forms[0] == forms[1]
     for x, y in zip(
         jax.tree.leaves(step(state)), jax.tree.leaves(step(restored)), strict=True
     ):
