@@ -45,19 +45,11 @@ def flatten_with_paths(
     Raises:
       ValueError: if two leaves have the same path, as in `{"a/b": 1, "a": {"b": 2}}`.
     """
-    entries, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    keys_of = [keys for keys, _ in entries]
-    if any(keys and _is_value(keys[-1]) for keys in keys_of):
-        tree = treedef.unflatten(range(len(entries)))
-        held, _ = jax.tree_util.tree_flatten_with_path(
-            tree, lambda x: x is not tree and _is_value(_box_key(x))
-        )
-        keys_of = [keys for keys, _ in held]  # of boxes, and of what is in none
-    paths = [path_string(keys) for keys in keys_of]
+    paths, leaves, treedef = _flatten(tree, is_leaf)
     if len(set(paths)) < len(paths):
         shared = next(path for i, path in enumerate(paths) if path in paths[:i])
         raise ValueError(f"several leaves have the path {shared!r}; rename one")
-    return paths, [x for _, x in entries], treedef
+    return paths, leaves, treedef
 
 
 def abstract_array(x: Any) -> jax.ShapeDtypeStruct:
@@ -111,9 +103,10 @@ def map_moments(
     """Applies `function(leaf, value)` to the leaves of `tree` that mirror a parameter.
 
     An optimizer keeps moments in trees like the parameters, somewhere in its state. A
-    subtree mirrors the parameters if it has their structure, where
-    `optax.MaskedNode()` may stand in the place of any part, and a leaf of it mirrors
-    its parameter if it has floating point numbers and the parameter's shape.
+    subtree mirrors the parameters if it has their paths, where `optax.MaskedNode()` may
+    stand in the place of any part, and a leaf of it mirrors its parameter if it has
+    floating point numbers and the parameter's shape. Containers may be others, such as
+    the variables in which `nnx.Optimizer` keeps moments.
 
     Args:
       function: of a leaf of `tree` and of the entry of `values` for its parameter.
@@ -143,23 +136,22 @@ def map_subtrees_like(
     Such subtrees as `map_moments` looks for, but every leaf of them, whatever its type
     and shape; `is_leaf` says what counts as one.
     """
-    treedef = jax.tree.structure(params)
-    numbers = treedef.unflatten(range(treedef.num_leaves))
+    paths, _, _ = flatten_with_paths(params)
+    numbers = {path: i for i, path in enumerate(paths)}
 
     def map_mirror(subtree: PyTree) -> PyTree | None:
         """None for a subtree that does not mirror the parameters."""
-        leaves, structure = jax.tree.flatten(
-            subtree, is_leaf=lambda x: _is_masked_node(x) or is_leaf(x)
+        found, leaves, structure = _flatten(
+            subtree, lambda x: _is_masked_node(x) or is_leaf(x)
         )
-        try:
-            places = structure.flatten_up_to(numbers)
-        except ValueError:
-            return None
-        pairs = list(zip(leaves, places, strict=True))
-        if not all(isinstance(i, int) or _is_masked_node(x) for x, i in pairs):
+        pairs = list(zip(found, leaves, strict=True))
+        own = {path for path, x in pairs if not _is_masked_node(x)}
+        hidden = [path for path, x in pairs if _is_masked_node(x)]
+        rest = numbers.keys() - own
+        if not own <= numbers.keys() or not all(_is_under(hidden, x) for x in rest):
             return None
         return structure.unflatten(
-            x if _is_masked_node(x) else function(x, i) for x, i in pairs
+            x if _is_masked_node(x) else function(x, numbers[path]) for path, x in pairs
         )
 
     def visit(node: PyTree) -> PyTree:
@@ -203,8 +195,28 @@ def subtree_at(tree: PyTree, prefix: str) -> PyTree:
     return node
 
 
+def _flatten(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None
+) -> tuple[list[str], list[Any], PyTreeDef]:
+    """`flatten_with_paths` of any tree, with whatever paths."""
+    entries, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    keys_of = [keys for keys, _ in entries]
+    if any(keys and _is_value(keys[-1]) for keys in keys_of):
+        tree = treedef.unflatten(range(len(entries)))
+        held, _ = jax.tree_util.tree_flatten_with_path(
+            tree, lambda x: x is not tree and _is_value(_box_key(x))
+        )
+        keys_of = [keys for keys, _ in held]  # of boxes, and of what is in none
+    paths = [path_string(keys) for keys in keys_of]
+    return paths, [x for _, x in entries], treedef
+
+
 def _is_masked_node(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def _is_under(nodes: Sequence[str], path: str) -> bool:
+    return any(not node or f"{path}/".startswith(f"{node}/") for node in nodes)
 
 
 def _box_key(node: PyTree) -> Any:

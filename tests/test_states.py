@@ -1,10 +1,13 @@
 """A thinned optimizer state is the one that training the thinned model has."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from thinning_cases import (
     COUPLINGS,
     VARIABLES,
@@ -142,6 +145,93 @@ def test_paths_that_end_alike_are_not_confused():
             before, after = (by_path(getattr(x[0], name)) for x in (state, found))
             np.testing.assert_array_equal(after[path], before[path][..., [0, 3]])
             np.testing.assert_array_equal(after[other], before[other])
+
+
+def as_list(tx):
+    """Moments as a user's own code may keep them: a list of arrays."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.leaves(tx.init(params)), tx.update
+    )
+
+
+NOT_UNDERSTOOD = {
+    "rows and columns": optax.sm3(0.1),
+    "of a part": optax.masked(
+        optax.sm3(0.1), {"up": True, "down": True, "norm": False}
+    ),
+    "one long vector": optax.flatten(optax.adam(0.1)),
+    "inside of prune": agp.prune(
+        optax.sm3(0.1), [agp.Rule("up", agp.filters(), agp.one_shot(0.5, step=1))]
+    ),
+    "a list": as_list(optax.sgd(0.1, momentum=0.9)),
+}
+
+
+@pytest.mark.parametrize("tx", NOT_UNDERSTOOD.values(), ids=NOT_UNDERSTOOD)
+def test_what_is_not_understood_is_refused_and_not_left_whole(tx):
+    params = VARIABLES["params"]
+    state = jax.eval_shape(tx.init, params)
+    with pytest.raises(
+        ValueError, match="not known how that divides; make a new state"
+    ):
+        agp.thin_opt_state(state, params, CUT)
+    nothing = agp.Cut({}, CUT.shapes)
+    assert agp.thin_opt_state(state, params, nothing) == state
+
+
+def test_moments_by_joined_paths_are_thinned_by_these():
+    params = VARIABLES["params"]
+    paths, leaves, _ = flatten_with_paths(params)
+    state = {"count": jnp.int32(3), "mu": dict(zip(paths, leaves, strict=True))}
+    found = agp.thin_opt_state(state, params, CUT)
+    assert_trees_equal(found["mu"], by_path(agp.thin(params, CUT)))
+    assert found["count"] == 3
+
+
+def test_a_value_that_mirrors_nothing_keeps_its_name():
+    params = {"attn": Attention(jnp.ones((3, 4)), jnp.ones((3, 5)))}
+    cut = agp.Cut(
+        {"attn/value": {1: np.arange(2)}}, {"attn/key": (3, 4), "attn/value": (3, 5)}
+    )
+    state = {"rows": {"attn": Attention(jnp.ones(2), jnp.ones(3))}}
+    with pytest.raises(ValueError, match="shape .3,. for attn/value.*make a new state"):
+        agp.thin_opt_state(state, params, cut)
+    state["rows"]["attn"] = Attention([jnp.ones(3)], [jnp.ones(3)])
+    with pytest.raises(ValueError, match="shape .3,. for attn/value.*make a new state"):
+        agp.thin_opt_state(state, params, cut)
+
+
+class Attention(NamedTuple):
+    key: jax.Array
+    value: jax.Array
+
+
+class Perceptron(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(3, 6, rngs=rngs)
+        self.down = nnx.Linear(6, 2, rngs=rngs)
+
+
+@pytest.mark.parametrize("of", [lambda x: x.opt_state, lambda x: nnx.state(x)])
+def test_the_state_of_an_nnx_optimizer_is_thinned(of):
+    model = Perceptron(nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    rules = [agp.Rule(".*kernel", agp.element(), agp.one_shot(0.5, step=1))]
+    optimizer = nnx.Optimizer(model, agp.prune(optax.adam(0.1), rules), wrt=nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, params)
+    stays = np.array([0, 3, 4])
+    axes = {"up/kernel": {1: stays}, "up/bias": {0: stays}, "down/kernel": {0: stays}}
+    cut = agp.Cut(axes, {k: x.shape for k, x in by_path(params).items()})
+    before = of(optimizer)
+    small = agp.thin_opt_state(before, params, cut)
+    assert jax.tree.structure(small) == jax.tree.structure(before)
+    for path, old in by_path(before).items():
+        owner = next((p for p in axes if path.endswith(p)), None)
+        for axis in axes.get(owner, {}):
+            old = jnp.take(old, stays, axis)
+        np.testing.assert_array_equal(by_path(small)[path], old)
+    assert [x.shape for x in jax.tree.leaves(small)].count((3, 6)) == 0
 
 
 def test_states_and_parameters_that_do_not_fit_raise():

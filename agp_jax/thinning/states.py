@@ -13,17 +13,24 @@ import optax
 from agp_jax.packing import PackedMask
 from agp_jax.thinning.cuts import Cut
 from agp_jax.thinning.trees import is_packed, take_kept, thin, thin_leaf
-from agp_jax.trees import PyTree, abstract_array, flatten_with_paths, map_subtrees_like
+from agp_jax.trees import (
+    PyTree,
+    Shape,
+    abstract_array,
+    flatten_with_paths,
+    map_subtrees_like,
+)
 
 
 def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTree:
     """What stays of any optax state: moments, masks of `prune`, moving averages.
 
-    A subtree with the structure of the parameters belongs to them leaf by leaf. A leaf
-    of it may have its parameter's shape, that shape after other axes (a history), or
-    one entry. The factored moments of `adafactor` are means over an axis; they become
-    the means over what stays, if what goes has been zero. Of weights that had gradients
-    before they were masked a rest stays in them, and fades.
+    A subtree with the paths of the parameters belongs to them leaf by leaf, in the
+    variables of `nnx.Optimizer.opt_state` too. A leaf of it may have its parameter's
+    shape, that shape after other axes (a history), or one entry. The factored moments
+    of `adafactor` are means over an axis; they become the means over what stays, if
+    what goes has been zero. Of weights that had gradients before they were masked a
+    rest stays in them, and fades.
 
     Args:
       opt_state: the state of an optimizer for `params`.
@@ -32,14 +39,18 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
         linen module.
 
     Raises:
-      ValueError: if a leaf belongs to a cut parameter and has another shape.
+      ValueError: if a leaf belongs to a cut parameter and has another shape, or seems
+        to belong to one by its place or size, and it is not known how.
     """
     paths, leaves, _ = flatten_with_paths(params)
     thin(jax.tree.map(abstract_array, params), cut)  # has the cut these paths?
 
     def thin_mirror(leaf: Any, i: int) -> Any:
+        return leaf if isinstance(leaf, _Done) else _Done(thin_moment(leaf, i))
+
+    def thin_moment(leaf: Any, i: int) -> Any:
         kept = cut.get(paths[i], {})
-        if not kept or isinstance(leaf, _Done):
+        if not kept:
             return leaf
         shape = cut.shapes[paths[i]]
         if isinstance(leaf, PackedMask):
@@ -49,11 +60,7 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
             return take_kept(leaf, _after(kept, extra, shape))
         if math.prod(jnp.shape(leaf)) == 1:
             return leaf
-        raise ValueError(
-            f"the optimizer keeps an array of shape {jnp.shape(leaf)} for "
-            f"{paths[i]}, whose shape is {shape}, and it is not known how that "
-            f"divides; make a new state with optimizer.init(thin(params, cut))"
-        )
+        raise ValueError(_explain_unknown(leaf, paths[i], shape))
 
     # Factored moments have other shapes and are done first, out of the way.
     state = jax.tree.map(
@@ -62,6 +69,8 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
         is_leaf=lambda x: _is_factored(x) or is_packed(x),
     )
     state = map_subtrees_like(thin_mirror, state, params, is_leaf=is_packed)
+    shapes = {p: jnp.shape(x) for p, x in zip(paths, leaves, strict=True)}
+    state = _thin_rest(state, shapes, cut)
     return jax.tree.map(
         lambda x: x.value if isinstance(x, _Done) else x, state, is_leaf=is_packed
     )
@@ -72,6 +81,46 @@ class _Done:
     """Part of a state that is thinned already: a leaf, as nothing knows its fields."""
 
     value: Any
+
+
+def _thin_rest(state: PyTree, shapes: Mapping[str, Shape], cut: Cut) -> PyTree:
+    """Thins what is in no subtree like the parameters, if it is known how.
+
+    `nnx.state` drops what holds no arrays, and with it the places of dense parameters
+    among masks; what is left has its parameter's shape and ends with its path. Moments
+    that are rows and columns, as in sm3, or one long vector, are refused.
+    """
+    cut_paths = [path for path in shapes if cut.get(path)]
+    by_size = {math.prod(cut.shapes[path]): path for path in reversed(cut_paths)}
+    if cut_paths:
+        by_size.setdefault(sum(map(math.prod, shapes.values())), "all parameters")
+
+    def thin_one(place: str, leaf: Any) -> Any:
+        shape = getattr(leaf, "shape", ())
+        if isinstance(leaf, _Done) or math.prod(shape) == 1:
+            return leaf
+        ends = [path for path in shapes if f"/{place}".endswith(f"/{path}")]
+        owner = max(ends, key=len, default=None)
+        if owner is not None and shape == shapes[owner]:
+            return take_kept(leaf, cut.get(owner, {}))
+        owner = next((p for p in cut_paths if p and f"/{p}/" in f"/{place}/"), None)
+        if owner is None and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            owner = by_size.get(math.prod(shape))
+        if owner is not None:
+            raise ValueError(_explain_unknown(leaf, owner, cut.shapes.get(owner)))
+        return leaf
+
+    places, leaves, treedef = flatten_with_paths(state)
+    return treedef.unflatten(map(thin_one, places, leaves))
+
+
+def _explain_unknown(leaf: Any, path: str, shape: Shape | None) -> str:
+    known = "" if shape is None else f", whose shape is {shape}"
+    return (
+        f"the optimizer keeps an array of shape {jnp.shape(leaf)} for {path}{known}, "
+        f"and it is not known how that divides; make a new state with "
+        f"optimizer.init(thin(params, cut))"
+    )
 
 
 def _is_factored(x: Any) -> bool:
