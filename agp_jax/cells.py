@@ -65,11 +65,12 @@ def stack_first(leaf: Leaf) -> Leaf:
     rows, tensor = leaf.rule.axes_of(leaf.weights.shape)
     if rows == tuple(range(len(rows))):
         return leaf
-    arrays = (leaf.weights, leaf.mask, leaf.gradient, leaf.score)
+    move = lambda x: None if x is None else jnp.transpose(x, rows + tensor)  # noqa: E731
     return Leaf(
         leaf.path,
         dataclasses.replace(leaf.rule, stacked_axes=len(rows)),
-        *(None if x is None else jnp.transpose(x, rows + tensor) for x in arrays),
+        jnp.transpose(leaf.weights, rows + tensor),
+        *map(move, (leaf.mask, leaf.gradient, leaf.score)),
     )
 
 

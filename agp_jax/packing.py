@@ -1,5 +1,6 @@
 """Masks at one bit per weight."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -27,10 +28,15 @@ class PackedMask(NamedTuple):
     size: int
 
 
+def _unflatten(numbers: tuple[int, int], children: Iterable[jax.Array]) -> PackedMask:
+    (bits,) = children
+    return PackedMask(bits, *numbers)
+
+
 jax.tree_util.register_pytree_with_keys(
     PackedMask,
     lambda x: (((GetAttrKey("bits"), x.bits),), (x.axis, x.size)),
-    lambda numbers, bits: PackedMask(*bits, *numbers),
+    _unflatten,
     lambda x: ((x.bits,), (x.axis, x.size)),
 )
 

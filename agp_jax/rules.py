@@ -76,10 +76,12 @@ class Rule:
                 f"{self}: scope must be 'tensor' or 'rule', got {self.scope!r}"
             )
         stacked = self.stacked_axes
-        is_number = _is_whole(stacked) and stacked >= 0
-        if not is_number and not (
-            isinstance(stacked, tuple) and all(map(_is_whole, stacked))
-        ):
+        is_valid = (
+            all(map(_is_whole, stacked))
+            if isinstance(stacked, tuple)
+            else _is_whole(stacked) and stacked >= 0
+        )
+        if not is_valid:
             raise ValueError(
                 f"{self}: stacked_axes must be a number of leading axes, or a tuple of "
                 f"the numbers of axes, got {stacked!r}"
