@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from thinning_cases import (
     COUPLINGS,
     UNITS,
@@ -229,3 +230,99 @@ def test_axes_that_are_not_cut_may_have_any_size():
         np.testing.assert_allclose(found[1], kept, rtol=1e-9)
     with pytest.raises(ValueError, match="expects carry of shape"):
         thinned({**small, "carry": full["carry"]}, inputs)
+
+
+def assert_equal_when_cut(fn, variables, *inputs, removed):
+    """Outputs and a gradient, thinned and masked, where these units are removed."""
+    couplings = agp.find_couplings(fn, variables, *inputs)
+    masks = couplings.masks(removed)
+    cut = agp.plan_cut(masks, couplings)
+    full, small, thin_fn = thinned_pair(fn, variables, cut, masks)
+
+    def run(fn, variables):
+        return jax.jit(jax.value_and_grad(lambda v: jnp.sum(jnp.sin(fn(v, *inputs)))))(
+            variables
+        )
+
+    (expected, gradient), (found, small_gradient) = run(fn, full), run(thin_fn, small)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert_trees_equal(small_gradient, agp.thin(gradient, cut), rtol=1e-9, atol=1e-12)
+    return {path: cut.thin_shape(path) for path in cut}
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        np.arange(8).reshape(2, 4),
+        np.stack([np.arange(4)] * 2),
+        np.arange(4)[None],
+        np.arange(4)[:, None],
+        np.arange(4)[:, None] - np.arange(4)[None] + 3,
+        np.arange(8).reshape(2, 2, 2),
+    ],
+    ids=["rows", "equal rows", "1 x n", "n x 1", "relative", "2 x 2 x 2"],
+)
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_a_table_is_read_by_known_indices_of_any_shape(positions, array):
+    positions = array(positions)
+
+    def fn(params, x):
+        read = jnp.tanh(params["table"][positions] @ params["mix"])
+        return (x @ params["up"] + read.sum(tuple(range(read.ndim - 1)))) @ params[
+            "out"
+        ]
+
+    shapes = {"table": (8, 6), "mix": (6, 6), "up": (5, 6), "out": (6, 3)}
+    removed = {"table[1]": [0, 2, 5], "up[1]": [1, 4]}
+    cut = assert_equal_when_cut(fn, draw(shapes), X[0], removed=removed)
+    assert cut == {"table": (8, 3), "mix": (3, 4), "up": (5, 4), "out": (4, 3)}
+
+
+@pytest.mark.parametrize("picks", [[[3, 1, 0], [2, 5, 4]], [[5, 5]], [[4], [0]]])
+def test_features_are_picked_by_known_indices_of_two_axes(picks):
+    """As by one: picked units that stay are found where they then are."""
+    picks = np.array(picks)
+
+    def fn(params, x):
+        hidden = jnp.tanh(x @ params["up"])[:, picks]
+        return jnp.einsum("bij,ijc->bc", hidden, params["out"])
+
+    params = draw({"up": (5, 6), "out": (*picks.shape, 3)})
+    couplings = agp.find_couplings(fn, params, X)
+    for group in couplings.groups:
+        assert_equal_when_cut(fn, params, X, removed={group.name: [1]})
+
+
+def test_known_indices_of_two_axes_at_once_pick_pairs():
+    rows, columns = np.array([0, 1, 2, 0, 1, 2]), np.array([0, 1, 2, 1, 2, 0])
+
+    def fn(params, x):
+        grid = jnp.tanh(x @ params["up"]).reshape(-1, 3, 3)
+        return grid[:, rows, columns] @ params["out"]
+
+    params = draw({"up": (5, 9), "out": (6, 3)})
+    couplings = agp.find_couplings(fn, params, X)
+    assert [group.num_units for group in couplings.groups] == [3, 3]
+    for group in couplings.groups:
+        cut = assert_equal_when_cut(fn, params, X, removed={group.name: [1]})
+        assert cut["up"] == (5, 6) and cut["out"] == (4, 3)
+
+
+@pytest.mark.parametrize("around", [lambda f: f, jax.checkpoint])
+def test_indices_are_known_in_layers_that_lose_other_units(around):
+    """A permutation of features, and a table of a square of indices in each layer."""
+    order, places = np.array([3, 1, 0, 2, 5, 4]), np.array([[0, 2, 1], [1, 0, 2]])
+
+    def fn(params, x):
+        @around
+        def layer(x, weights):
+            bias = weights["table"][places].sum((0, 1))
+            hidden = jnp.tanh(x @ weights["up"] + bias[None])
+            return x + hidden[:, order] @ weights["down"], None
+
+        return lax.scan(layer, x, params)[0]
+
+    params = draw({"up": (3, 5, 6), "table": (3, 4, 6), "down": (3, 6, 5)})
+    removed = {"table[2]": np.array([[0, 1], [2, 5], [3, 4]])}
+    cut = assert_equal_when_cut(fn, params, X, removed=removed)
+    assert cut == {"up": (3, 5, 4), "table": (3, 4, 4), "down": (3, 4, 5)}

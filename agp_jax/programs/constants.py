@@ -26,30 +26,35 @@ _KNOWABLE = ELEMENTWISE | {
 
 
 def known_picks(flow: Flow, equation: Equation) -> np.ndarray | None:
-    """What a gather picks along one axis, if that is known when tracing.
+    """What a gather picks of the axes that it collapses, if known when tracing.
 
-    An array of indices shaped like the output's axes that they make.
+    Places in these axes, flattened: an array shaped like the output's axes that the
+    indices make.
     """
     numbers, sizes = (
         equation.params["dimension_numbers"],
         equation.params["slice_sizes"],
     )
-    operand = equation.inputs[0].shape
-    (axis, *others) = numbers.collapsed_slice_dims or (None,)
-    if axis is None or others or numbers.start_index_map != (axis,):
+    operand, axes = equation.inputs[0].shape, numbers.collapsed_slice_dims
+    if not axes or tuple(sorted(numbers.start_index_map)) != tuple(axes):
         return None
-    one = (*operand[:axis], 1, *operand[axis + 1 :])
+    one = tuple(1 if i in axes else size for i, size in enumerate(operand))
     if tuple(sizes) != one or numbers.operand_batching_dims:
         return None
     indices = known_value(flow, equation.inputs[1])
     if indices is None or indices.ndim < 2 or indices.size == 0:
         return None
-    inside = indices.min() >= 0 and indices.max() < operand[axis]
-    return indices[..., 0] if inside else None
+    columns = [indices[..., numbers.start_index_map.index(axis)] for axis in axes]
+    shape = [operand[axis] for axis in axes]
+    if any(c.min() < 0 or c.max() >= n for c, n in zip(columns, shape, strict=True)):
+        return None
+    return np.ravel_multi_index(columns, shape)
 
 
 def known_value(flow: Flow, variable: Variable) -> np.ndarray | None:
     """The value of an integer variable that depends on constants alone, else None."""
+    while variable in flow.outside:
+        variable = flow.outside[variable]
     if variable.constant is not None:
         return np.asarray(variable.constant)
     maker = flow.makers.get(variable)

@@ -61,6 +61,7 @@ class Flow:
       atoms: the atoms of all axes.
       values: what is known about each variable.
       makers: the equation that makes each variable.
+      outside: for inputs of bodies, the variable outside that each of them is.
       roles: what the program does with each leaf's axis: "out", "in" or "each".
       inexact: axes whose removal changes results, and the number of the reason.
       relied: axes whose removal changes nothing because certain leaves are zero there.
@@ -73,6 +74,7 @@ class Flow:
         self.atoms = Atoms()
         self.values: dict[Variable, Value] = {}
         self.makers: dict[Variable, Equation] = {}
+        self.outside: dict[Variable, Variable] = {}
         self.roles: dict[tuple[int, int], set[str]] = {}
         self.inexact: list[tuple[np.ndarray, int]] = []
         self.relied: list[tuple[np.ndarray, frozenset[int]]] = []

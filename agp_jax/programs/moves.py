@@ -16,6 +16,7 @@ from agp_jax.programs.labels import (
     LabelRule,
     all_zeros,
     continued,
+    merge,
     reshape,
     split,
 )
@@ -186,7 +187,7 @@ def _gather(flow, equation, ins):
             flow.freeze(operand[i])
     outer = [i for i in range(len(shape)) if i not in numbers.offset_dims]
     if picked is not None:
-        axis = operand[numbers.collapsed_slice_dims[0]]
+        axis = merge(flow, [operand[i] for i in numbers.collapsed_slice_dims])
         parts = [_part(axis, picked.reshape(-1))]
         parts = parts if picked.ndim == 1 else split(flow, parts[0], picked.shape)
         for place, part in zip(outer, parts, strict=True):

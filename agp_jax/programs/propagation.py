@@ -86,6 +86,7 @@ def _scan(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     steps = [Value(value.axes[1:], value.is_weight) for value in ins[first:]]
     carry = [_carried(value) for value in ins[num_consts:first]]
     (body,) = equation.bodies
+    _remember(flow, body.inputs[:num_consts], equation.inputs[:num_consts])
     outs = propagate(flow, body, [*ins[:num_consts], *carry, *steps])
     for before, after in zip(carry, outs, strict=False):
         flow.unify_values(before, after)
@@ -101,6 +102,10 @@ def _scan(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
 def _while(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     ends = np.cumsum([equation.params["cond_nconsts"], equation.params["body_nconsts"]])
     condition, body = equation.bodies
+    _remember(flow, condition.inputs[: ends[0]], equation.inputs[: ends[0]])
+    _remember(
+        flow, body.inputs[: ends[1] - ends[0]], equation.inputs[ends[0] : ends[1]]
+    )
     carry = [_carried(value) for value in ins[ends[1] :]]
     propagate(flow, condition, [*ins[: ends[0]], *carry])
     outs = propagate(flow, body, [*ins[ends[0] : ends[1]], *carry])
@@ -110,6 +115,8 @@ def _while(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
 
 
 def _cond(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
+    for branch in equation.bodies:
+        _remember(flow, branch.inputs, equation.inputs[1:])
     results = [propagate(flow, branch, ins[1:]) for branch in equation.bodies]
     outs = []
     for values in zip(*results, strict=True):
@@ -121,7 +128,15 @@ def _cond(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
 
 def _call(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     (body,) = equation.bodies
+    _remember(flow, body.inputs, equation.inputs)
     return propagate(flow, body, ins)
+
+
+def _remember(
+    flow: Flow, inside: Sequence[Variable], outside: Sequence[Variable]
+) -> None:
+    """Notes that inputs of a body are variables outside, whatever these are."""
+    flow.outside.update(zip(inside, outside, strict=True))
 
 
 def _carried(value: Value) -> Value:

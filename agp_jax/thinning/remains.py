@@ -22,8 +22,33 @@ from agp_jax.programs.labels import Axis, Flow, Value
 from agp_jax.programs.propagation import propagate, value_of
 from agp_jax.thinning.cuts import Cut
 
-# What stays along an axis: None for all of it, indices, or a row of them per layer.
-Kept = np.ndarray | None
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerLayer:
+    """Indices along an axis that differ from layer to layer of a stack.
+
+    Attributes:
+      rows: int array (layers, indices).
+    """
+
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return self.rows.shape[1]
+
+
+# What stays along an axis: all of it, the indices in a vector, or others per layer.
+Kept = np.ndarray | PerLayer | None
+
+
+def rows_of(indices: np.ndarray | PerLayer) -> np.ndarray:
+    """(layers, indices), with one row where layers do not differ."""
+    return indices.rows if isinstance(indices, PerLayer) else indices[None]
+
+
+def of_rows(rows: np.ndarray) -> np.ndarray | PerLayer:
+    """One vector where all rows are the same."""
+    return rows[0] if (rows == rows[0]).all() else PerLayer(rows)
 
 
 @dataclasses.dataclass(eq=False)
@@ -140,7 +165,7 @@ def _check_sizes(remains: Remains, program: Program) -> None:
         for variable in equation.outputs:
             for axis in remains.flow.values[variable].axes:
                 kept = kept_along(remains, axis)
-                if kept is not None and not kept.shape[-1]:
+                if kept is not None and not len(kept):
                     raise ValueError(
                         f"the cut leaves nothing of an axis of the output of "
                         f"{equation.name} at {source_line(equation)}"
@@ -162,15 +187,13 @@ def _find_kept(remains: Remains, axis: Axis) -> Kept:
     gone = np.asarray(remains.gone[:, factors].any(axis=-1))
     if not gone.any():
         return None
-    if (gone == gone[0]).all():
-        return np.flatnonzero(~gone[0])
     counts = (~gone).sum(axis=1)
     if (counts != counts[0]).any():
         raise ValueError(
             f"the cut leaves {counts.tolist()} indices of one axis in stacked layers; "
             f"all layers must keep equally many"
         )
-    return np.nonzero(~gone)[1].reshape(len(gone), -1)
+    return of_rows(np.nonzero(~gone)[1].reshape(len(gone), -1))
 
 
 def kept_axes(remains: Remains, variable: Variable) -> list[Kept]:

@@ -4,6 +4,7 @@ One small function per primitive, in a table. It gets the equation, its arrays, 
 stays along each axis of what goes in and comes out.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from agp_jax.programs.constants import known_picks
-from agp_jax.programs.jaxprs import Equation, bind, source_line
+from agp_jax.programs.jaxprs import Equation, bind
 from agp_jax.programs.reductions import group_axis
-from agp_jax.thinning.remains import Kept, kept_along
+from agp_jax.thinning.remains import Kept, PerLayer, kept_along, of_rows, rows_of
 
 
 def thin_shape(kept: Sequence[Kept], shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(
-        size if k is None else k.shape[-1] for k, size in zip(kept, shape, strict=True)
+        size if k is None else len(k) for k, size in zip(kept, shape, strict=True)
     )
 
 
@@ -32,14 +33,11 @@ def take(array: Any, kept: Sequence[Kept], layer: jax.Array | None) -> Any:
 
 
 def take_along(
-    array: Any, indices: np.ndarray, axis: int, layer: jax.Array | None
+    array: Any, indices: np.ndarray | PerLayer, axis: int, layer: jax.Array | None
 ) -> jax.Array:
-    if indices.ndim == 2:
-        if (indices == indices[0]).all():
-            indices = indices[0]
-        else:
-            assert layer is not None, "layers differ outside of their scan"
-            return jnp.take(array, jnp.asarray(indices)[layer], axis, mode="clip")
+    if isinstance(indices, PerLayer):
+        assert layer is not None, "layers differ outside of their scan"
+        return jnp.take(array, jnp.asarray(indices.rows)[layer], axis, mode="clip")
     return jnp.take(array, indices, axis, mode="clip")
 
 
@@ -80,63 +78,70 @@ def _slice(remains, equation, arrays, ins, outs, layer):
     return [array]
 
 
-def _places(picks: np.ndarray, before: Kept, after: Kept) -> np.ndarray:
+def _places(picks: np.ndarray, before: Kept, after: Kept) -> np.ndarray | PerLayer:
     """Where what stays of `picks` lies in what stays of the axis they pick from."""
-    if before is None and after is None:
-        return picks
-    rows = max(len(k) if k is not None and k.ndim == 2 else 1 for k in (before, after))
-    wanted = picks[None] if after is None else picks[np.atleast_2d(after)]
-    wanted = np.broadcast_to(wanted, (rows, wanted.shape[-1]))
-    if before is None:
-        places = wanted
-    else:
-        kept = np.broadcast_to(np.atleast_2d(before), (rows, before.shape[-1]))
-        pairs = zip(kept, wanted, strict=True)
-        places = np.stack([np.searchsorted(k, w) for k, w in pairs])
-    return places[0] if (places == places[0]).all() else places
+    wanted = picks[None] if after is None else picks[rows_of(after)]
+    if before is not None:
+        kept = rows_of(before)
+        layers = max(len(kept), len(wanted))
+        pairs = zip(
+            np.broadcast_to(kept, (layers, kept.shape[1])),
+            np.broadcast_to(wanted, (layers, wanted.shape[1])),
+            strict=True,
+        )
+        wanted = np.stack([np.searchsorted(k, w) for k, w in pairs])
+    return of_rows(wanted)
 
 
 def _take_range(
-    array: Any, places: np.ndarray, axis: int, layer: jax.Array | None
+    array: Any, places: np.ndarray | PerLayer, axis: int, layer: jax.Array | None
 ) -> Any:
     """Takes increasing places, as a slice where they are evenly spaced."""
-    if places.ndim == 1:
-        if len(places) == array.shape[axis]:
-            return array
-        steps = np.unique(np.diff(places))
-        if len(steps) <= 1:
-            stride = int(steps[0]) if len(steps) else 1
-            first, last = int(places[0]), int(places[-1])
-            return jax.lax.slice_in_dim(array, first, last + 1, stride, axis)
+    if isinstance(places, PerLayer):
+        return take_along(array, places, axis, layer)
+    if len(places) == array.shape[axis]:
+        return array
+    if not len(places):
+        return jax.lax.slice_in_dim(array, 0, 0, axis=axis)
+    steps = np.unique(np.diff(places))
+    if len(steps) <= 1:
+        stride = int(steps[0]) if len(steps) else 1
+        first, last = int(places[0]), int(places[-1])
+        return jax.lax.slice_in_dim(array, first, last + 1, stride, axis)
     return take_along(array, places, axis, layer)
 
 
 def _pad(remains, equation, arrays, ins, outs, layer):
-    config = []
-    for (low, high, inner), kept, size in zip(
-        equation.params["padding_config"],
-        outs[0],
-        equation.outputs[0].shape,
-        strict=True,
-    ):
+    config, uneven = [], []
+    for axis, (low, high, inner) in enumerate(equation.params["padding_config"]):
+        size, kept = equation.outputs[0].shape[axis], outs[0][axis]
         if kept is not None and (low or high):
-            rows = np.atleast_2d(kept)
+            rows = rows_of(kept)
             lows, highs = (rows < low).sum(axis=1), (rows >= size - high).sum(axis=1)
-            if (lows != lows[0]).any() or (highs != highs[0]).any():
-                raise ValueError(
-                    f"the cut pads stacked layers differently at "
-                    f"{source_line(equation)}; remove the same indices in all"
-                )
-            low, high = int(lows[0]), int(highs[0])
+            if (lows == lows[0]).all() and (highs == highs[0]).all():
+                low, high = int(lows[0]), int(highs[0])
+            else:
+                uneven.append((axis, low, high))
         config.append((low, high, inner))
-    return bind(equation, arrays, padding_config=tuple(config))
+    (array,) = bind(equation, arrays, padding_config=tuple(config))
+    for axis, low, high in uneven:
+        # Layers keep other parts of the padding: it is made whole, and then cut.
+        size, inside = equation.outputs[0].shape[axis], ins[0][axis]
+        middle = np.arange(size - low - high) if inside is None else inside
+        rows = low + rows_of(middle)
+        ends = np.concatenate([np.arange(low), np.arange(size - high, size)])
+        ends = np.broadcast_to(ends, (len(rows), len(ends)))
+        present = PerLayer(np.sort(np.concatenate([rows, ends], axis=1)))
+        places = _places(np.arange(size), present, outs[0][axis])
+        array = take_along(array, places, axis, layer)
+    return [array]
 
 
 def _conv(remains, equation, arrays, ins, outs, layer):
     groups = equation.params["feature_group_count"]
     if groups > 1:
         kept = kept_along(remains, group_axis(remains.flow, equation))
-        groups = groups if kept is None else kept.shape[-1]
+        groups = groups if kept is None else len(kept)
     return bind(equation, arrays, feature_group_count=groups)
 
 
@@ -146,7 +151,7 @@ def _gather(remains, equation, arrays, ins, outs, layer):
     if picks is not None and any(k is not None for k in (*ins[0], *outs[0])):
         return [_gather_known(equation, picks, arrays[0], ins[0], outs[0], layer)]
     sizes = tuple(
-        size if kept is None or i in numbers.operand_batching_dims else kept.shape[-1]
+        size if kept is None or i in numbers.operand_batching_dims else len(kept)
         for i, (size, kept) in enumerate(
             zip(equation.params["slice_sizes"], ins[0], strict=True)
         )
@@ -162,23 +167,33 @@ def _gather_known(
     after: Sequence[Kept],
     layer: jax.Array | None,
 ) -> jax.Array:
-    """Takes known indices along one axis: where they are now, of those that stay."""
-    numbers = equation.params["dimension_numbers"]
-    (axis,) = numbers.collapsed_slice_dims
-    rank = len(after)
+    """Takes known indices: where they are now, of those that stay."""
+    numbers, whole = equation.params["dimension_numbers"], equation.inputs[0].shape
+    axes, rank = numbers.collapsed_slice_dims, len(after)
     outer = [i for i in range(rank) if i not in numbers.offset_dims]
-    numbered = np.arange(picks.size).reshape(picks.shape)
-    for i, place in enumerate(outer):
-        kept = after[place]
-        if kept is not None:
-            assert kept.ndim == 1, "known indices do not differ between layers"
-            numbered = np.take(numbered, kept, axis=i)
-    places = _places(picks.reshape(-1)[numbered.reshape(-1)], before[axis], None)
-    taken = take_along(array, places.reshape(numbered.shape), axis, layer)
-    made = list(range(axis, axis + picks.ndim))
-    rest = [i for i in range(rank) if i not in made]
-    order = dict(zip([*outer, *numbers.offset_dims], [*made, *rest], strict=True))
-    return jnp.transpose(taken, [order[i] for i in range(rank)])
+    stays = [after[i] for i in outer]
+    here = _flat([before[i] for i in axes], [whole[i] for i in axes])
+    places = _places(picks.ravel(), here, _flat(stays, picks.shape))
+    array = jnp.moveaxis(array, axes, range(len(axes)))
+    first, rest = array.shape[: len(axes)], array.shape[len(axes) :]
+    flat = array.reshape(math.prod(first), *rest)
+    taken = take_along(flat, places, 0, layer)
+    taken = taken.reshape(*thin_shape(stays, picks.shape), *rest)
+    return jnp.moveaxis(taken, range(rank), [*outer, *numbers.offset_dims])
+
+
+def _flat(kept: Sequence[Kept], shape: Sequence[int]) -> Kept:
+    """What stays of an array, as places in its flattened form."""
+    axes = [
+        np.arange(size)[None] if k is None else rows_of(k)
+        for k, size in zip(kept, shape, strict=True)
+    ]
+    layers = max(len(rows) for rows in axes)
+    by_layer = zip(
+        *(np.broadcast_to(x, (layers, x.shape[1])) for x in axes), strict=True
+    )
+    flat = [np.ravel_multi_index(np.ix_(*rows), shape).ravel() for rows in by_layer]
+    return of_rows(np.stack(flat))
 
 
 def _dynamic_slice(remains, equation, arrays, ins, outs, layer):
