@@ -326,3 +326,80 @@ def test_indices_are_known_in_layers_that_lose_other_units(around):
     removed = {"table[2]": np.array([[0, 1], [2, 5], [3, 4]])}
     cut = assert_equal_when_cut(fn, params, X, removed=removed)
     assert cut == {"up": (3, 5, 4), "table": (3, 4, 4), "down": (3, 4, 5)}
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 16])
+def test_a_recurrence_by_associative_scan_has_any_length(length):
+    """At most lengths some of its slices are of nothing."""
+
+    def fn(params, x):
+        def compose(first, second):
+            return first[0] * second[0], first[1] * second[0] + second[1]
+
+        decay, step = jax.nn.sigmoid(x @ params["decay"]), x @ params["step"]
+        _, states = lax.associative_scan(compose, (decay, step), axis=1)
+        return states @ params["out"]
+
+    params = draw({"decay": (5, 6), "step": (5, 6), "out": (6, 3)})
+    removed = {"decay[1]": [0, 3, 4]}
+    cut = assert_equal_when_cut(fn, params, draw((2, length, 5)), removed=removed)
+    assert cut == {"decay": (5, 3), "step": (5, 3), "out": (3, 3)}
+
+
+def rolled_by_all(hidden):
+    return jnp.roll(jnp.roll(hidden, 0, 1), hidden.shape[2], 2)
+
+
+def joined_with_no_time(hidden):
+    return jnp.concatenate([hidden[:, :0], hidden[:, np.zeros(0, int)], hidden], 1)
+
+
+def joined_with_no_units(hidden):
+    none = hidden[:, :, :0]
+    return jnp.concatenate([none, hidden, jnp.where(none > 0, none, 1)], 2)
+
+
+def split_off_nothing(hidden):
+    return jnp.concatenate(jnp.split(hidden, [0, 2, 2], 2)[::-1], 2)
+
+
+def with_empty_sums(hidden):
+    return (
+        hidden
+        + hidden[:, :0].sum(1, keepdims=True)
+        + jnp.repeat(hidden, 0, 0).sum(0, keepdims=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        rolled_by_all,
+        joined_with_no_time,
+        joined_with_no_units,
+        split_off_nothing,
+        with_empty_sums,
+    ],
+)
+def test_a_slice_of_nothing_stays_one(move):
+    def fn(params, x):
+        return move(jnp.tanh(x @ params["up"])) @ params["down"]
+
+    params = draw({"up": (5, 6), "down": (6, 3)})
+    removed = {"up[1]": [0, 2, 5]}
+    cut = assert_equal_when_cut(fn, params, draw((2, 3, 5)), removed=removed)
+    assert cut == {"up": (5, 3), "down": (3, 3)}
+
+
+def test_leaves_and_inputs_without_entries_are_thinned_past():
+    def fn(params, x):
+        hidden = jnp.tanh(x @ params["up"])
+        prompt = jnp.broadcast_to(params["prompt"], (len(x), 0, 6))
+        hidden = jnp.concatenate([prompt, hidden], 1)
+        return hidden @ params["down"] + x @ params["left"] @ params["right"]
+
+    params = draw({"up": (5, 6), "down": (6, 3), "left": (5, 0), "right": (0, 3)})
+    params["prompt"] = jnp.zeros((0, 6))
+    for x in (draw((2, 3, 5)), jnp.zeros((0, 3, 5))):
+        cut = assert_equal_when_cut(fn, params, x, removed={"up[1]": [0, 2]})
+        assert cut == {"up": (5, 4), "down": (4, 3), "prompt": (0, 4)}

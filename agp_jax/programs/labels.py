@@ -103,7 +103,9 @@ class Flow:
 
     def fresh(self, size: int, zeros: frozenset[int] | None = None) -> Axis:
         """An axis tied to nothing yet."""
-        return Axis(self.atoms.fresh(size), zeros=zeros) if size > 1 else self.fixed(1)
+        if size < 2:
+            return self.fixed(size)
+        return Axis(self.atoms.fresh(size), zeros=zeros)
 
     def fixed(self, size: int) -> Axis:
         """An axis that cannot shrink."""
@@ -176,8 +178,7 @@ def reshape(flow: Flow, axes: Sequence[Axis], sizes: Shape) -> list[Axis]:
     """The axes after a reshape: merged and split in blocks of equal size."""
     old = tuple(axis.size for axis in axes)
     if 0 in old or 0 in sizes:
-        flow.freeze(*axes)
-        return [flow.fixed(size) for size in sizes]
+        return _reshape_empty(flow, axes, sizes)
     result = [flow.fixed(1)] * len(sizes)
     for before, after in _blocks(old, sizes):
         merged = merge(flow, [axes[i] for i in before])
@@ -185,6 +186,18 @@ def reshape(flow: Flow, axes: Sequence[Axis], sizes: Shape) -> list[Axis]:
         for j, part in zip(after, parts, strict=True):
             result[j] = part
     return result
+
+
+def _reshape_empty(flow: Flow, axes: Sequence[Axis], sizes: Shape) -> list[Axis]:
+    """Without entries only axes at either end of equal sizes are known to be the same."""
+    old = tuple(axis.size for axis in axes)
+    both = min(len(old), len(sizes))
+    first = next((i for i in range(both) if old[i] != sizes[i]), both)
+    last = next((i for i in range(both - first) if old[~i] != sizes[~i]), both - first)
+    end = len(axes) - last
+    flow.freeze(*axes[first:end])
+    middle = [flow.fixed(size) for size in sizes[first : len(sizes) - last]]
+    return [*axes[:first], *middle, *axes[end:]]
 
 
 def merge(flow: Flow, axes: Sequence[Axis]) -> Axis:
