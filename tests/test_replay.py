@@ -403,3 +403,76 @@ def test_leaves_and_inputs_without_entries_are_thinned_past():
     for x in (draw((2, 3, 5)), jnp.zeros((0, 3, 5))):
         cut = assert_equal_when_cut(fn, params, x, removed={"up[1]": [0, 2]})
         assert cut == {"up": (5, 4), "down": (4, 3), "prompt": (0, 4)}
+
+
+def rms_norm(x):
+    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-3)
+
+
+def fast_layer_norm(x):
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.mean(x * x, -1, keepdims=True) - mean**2
+    return (x - mean) * lax.rsqrt(variance + 1e-3)
+
+
+def by_absolute_sum(x):
+    return x / (1 + jnp.abs(x).sum(-1, keepdims=True))
+
+
+def by_l2_norm(x):
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def groups_of_two(x):
+    return rms_norm(x.reshape(*x.shape[:-1], 2, -1)).reshape(x.shape)
+
+
+NORMS = [rms_norm, fast_layer_norm, by_absolute_sum, by_l2_norm, groups_of_two]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_sums_over_zeros_change_nothing(norm):
+    """The width of a residual stream is exact, and in the layers of a scan, too."""
+
+    def fn(params, x):
+        def layer(stream, weights):
+            hidden = jax.nn.gelu(norm(stream) * weights["scale"] @ weights["up"])
+            return stream + hidden @ weights["down"], None
+
+        stream, _ = lax.scan(layer, x @ params["stem"], params["layers"])
+        penalty = sum(jnp.sum(w**2) + jnp.abs(w).sum() for w in jax.tree.leaves(params))
+        return norm(stream) @ params["head"] + penalty
+
+    layers = {"scale": (2, 1, 8), "up": (2, 8, 4), "down": (2, 4, 8)}
+    params = draw({"stem": (5, 8), "layers": layers, "head": (8, 3)})
+    couplings = agp.find_couplings(fn, params, X)
+    widths = [g for g in couplings.groups if g.name.startswith("layers/down[2]")]
+    assert all(group.exact for group in couplings.groups) and widths
+    removed = {group.name: [0] for group in widths}
+    cut = assert_equal_when_cut(fn, params, X, removed=removed)
+    assert cut["stem"][1] == cut["head"][0] == cut["layers/up"][1] < 8
+
+
+def test_a_carry_is_zero_only_if_it_stays_so():
+    """What is added in each step reaches the last part of the carry two steps later."""
+
+    def fn(params, x):
+        def step(carry, _):
+            first, second, last = carry
+            last = last + rms_norm(last) + second
+            return (first + params["every"], second + first, last), None
+
+        start = [x @ params[name] for name in ("a", "b", "c")]
+        (*_, last), _ = lax.scan(step, tuple(start), None, length=4)
+        return last @ params["out"]
+
+    params = draw({"a": (5, 6), "b": (5, 6), "c": (5, 6), "out": (6, 3)})
+    params["every"] = draw((1, 6))
+    removed = {"a[1]": [1, 4]}
+    assert agp.find_couplings(fn, params, X)["a[1]"].exact
+    cut = assert_equal_when_cut(fn, params, X, removed=removed)
+    assert cut["every"] == (1, 4)
+    drifts = lambda p, x: fn({**p, "every": jnp.exp(p["every"])}, x)  # noqa: E731
+    (group,) = agp.find_couplings(drifts, params, X).groups
+    assert group.inexact.startswith("reduce_sum at ")
+    assert "rms_norm" in group.inexact

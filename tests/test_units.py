@@ -415,8 +415,7 @@ def test_sharded_weights_give_the_same_masks_and_masks_lie_as_they_do(axis_type)
 
 
 def normalised(params, x):
-    stream = x @ params["embed"]["kernel"]
-    stream = stream - stream.mean(axis=-1, keepdims=True)
+    stream = jax.nn.softmax(x @ params["embed"]["kernel"])
     return stream @ params["head"]["kernel"]
 
 

@@ -189,7 +189,7 @@ def reshape(flow: Flow, axes: Sequence[Axis], sizes: Shape) -> list[Axis]:
 
 
 def _reshape_empty(flow: Flow, axes: Sequence[Axis], sizes: Shape) -> list[Axis]:
-    """Without entries only axes at either end of equal sizes are known to be the same."""
+    """Without entries only equal sizes at either end tell which axis is which."""
     old = tuple(axis.size for axis in axes)
     both = min(len(old), len(sizes))
     first = next((i for i in range(both) if old[i] != sizes[i]), both)

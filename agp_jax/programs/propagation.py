@@ -10,7 +10,7 @@ import numpy as np
 
 from agp_jax.programs.elementwise import ELEMENTWISE, elementwise
 from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts
-from agp_jax.programs.labels import Axis, Flow, LabelRule, Value
+from agp_jax.programs.labels import Axis, Flow, LabelRule, Value, all_zeros
 from agp_jax.programs.moves import MOVES, unified
 from agp_jax.programs.reductions import REDUCTIONS
 
@@ -84,12 +84,13 @@ def _scan(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     first = num_consts + num_carry
     flow.freeze(*(value.axes[0] for value in ins[first:]))
     steps = [Value(value.axes[1:], value.is_weight) for value in ins[first:]]
-    carry = [_carried(value) for value in ins[num_consts:first]]
     (body,) = equation.bodies
     _remember(flow, body.inputs[:num_consts], equation.inputs[:num_consts])
-    outs = propagate(flow, body, [*ins[:num_consts], *carry, *steps])
-    for before, after in zip(carry, outs, strict=False):
-        flow.unify_values(before, after)
+
+    def step(carry: list[Value]) -> list[Value]:
+        return propagate(flow, body, [*ins[:num_consts], *carry, *steps])
+
+    carry, outs = _loop(flow, ins[num_consts:first], step)
     stacked = [
         Value((flow.fixed(variable.shape[0]), *map(_of_activation, value.axes)))
         for variable, value in zip(
@@ -106,11 +107,12 @@ def _while(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     _remember(
         flow, body.inputs[: ends[1] - ends[0]], equation.inputs[ends[0] : ends[1]]
     )
-    carry = [_carried(value) for value in ins[ends[1] :]]
+
+    def step(carry: list[Value]) -> list[Value]:
+        return propagate(flow, body, [*ins[ends[0] : ends[1]], *carry])
+
+    carry, _ = _loop(flow, ins[ends[1] :], step)
     propagate(flow, condition, [*ins[: ends[0]], *carry])
-    outs = propagate(flow, body, [*ins[ends[0] : ends[1]], *carry])
-    for before, after in zip(carry, outs, strict=True):
-        flow.unify_values(before, after)
     return carry
 
 
@@ -139,9 +141,39 @@ def _remember(
     flow.outside.update(zip(inside, outside, strict=True))
 
 
-def _carried(value: Value) -> Value:
-    """A loop's carry: zero at the start is not zero later on."""
-    return Value(tuple(Axis(axis.atoms) for axis in value.axes))
+def _loop(
+    flow: Flow, start: Sequence[Value], step: Callable[[list[Value]], list[Value]]
+) -> tuple[list[Value], list[Value]]:
+    """A loop's carry as it is at every step, and all that the last step made.
+
+    What is zero at the start, and after a step from zeros, is zero at every step. So
+    steps are followed until they leave the zeros they were given; what the ones before
+    have noted of sums rested on zeros that do not last.
+    """
+    carry = [_carried(value, value) for value in start]
+    while True:
+        noted = len(flow.inexact), len(flow.relied)
+        outs = step(carry)
+        after = [_carried(*pair) for pair in zip(carry, outs, strict=False)]
+        if _zeros(after) == _zeros(carry):
+            break
+        del flow.inexact[noted[0] :], flow.relied[noted[1] :]
+        carry = after
+    for before, made in zip(carry, outs, strict=False):
+        flow.unify_values(before, made)
+    return carry, outs
+
+
+def _carried(before: Value, after: Value) -> Value:
+    """The carry, with the zeros that it has before a step and after it."""
+    pairs = zip(before.axes, after.axes, strict=True)
+    return Value(
+        tuple(Axis(one.atoms, zeros=all_zeros((one, two))) for one, two in pairs)
+    )
+
+
+def _zeros(values: Sequence[Value]) -> list[frozenset[int] | None]:
+    return [axis.zeros for value in values for axis in value.axes]
 
 
 _WITH_BODIES: dict[str, Callable[[Flow, Equation, list[Value]], list[Value]]] = {

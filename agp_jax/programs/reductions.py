@@ -3,6 +3,8 @@
 One small function per primitive, in a table, as in `moves`.
 """
 
+from collections.abc import Sequence
+
 from agp_jax.programs.jaxprs import Equation
 from agp_jax.programs.labels import (
     Axis,
@@ -20,15 +22,27 @@ def _reduce(keeps_zero: bool) -> LabelRule:
     """Reduced axes change the result as they shrink: masked zeros count, too."""
 
     def label(flow, equation, ins):
-        reduced = equation.params["axes"]
-        for i in reduced:
+        for i in equation.params["axes"]:
             flow.changes(ins[0].axes[i])
-        rest = [axis for i, axis in enumerate(ins[0].axes) if i not in reduced]
-        if not keeps_zero:
-            rest = [Axis(axis.atoms, axis.leaves) for axis in rest]
-        return [rest]
+        return [_not_reduced(equation, ins[0].axes, keeps_zero)]
 
     return label
+
+
+def _reduce_sum(flow, equation, ins):
+    """Of zeros, however many, the sum is the same; what is not known to be one adds."""
+    for i in equation.params["axes"]:
+        axis = ins[0].axes[i]
+        flow.sums_over(axis, axis.zeros)
+    return [_not_reduced(equation, ins[0].axes, keeps_zero=True)]
+
+
+def _not_reduced(
+    equation: Equation, axes: Sequence[Axis], keeps_zero: bool
+) -> list[Axis]:
+    reduced = equation.params["axes"]
+    rest = [axis for i, axis in enumerate(axes) if i not in reduced]
+    return rest if keeps_zero else [Axis(axis.atoms, axis.leaves) for axis in rest]
 
 
 def _arg_reduce(flow, equation, ins):
@@ -176,13 +190,13 @@ def _merge_pair(flow: Flow, first: Axis, second: Axis) -> Axis:
 
 
 REDUCTIONS: dict[str, LabelRule] = {
-    "reduce_sum": _reduce(keeps_zero=True),
+    "reduce_sum": _reduce_sum,
     "reduce_max": _reduce(keeps_zero=True),
     "reduce_min": _reduce(keeps_zero=True),
     "reduce_prod": _reduce(keeps_zero=True),
     "reduce_and": _reduce(keeps_zero=False),
-    "reduce_or": _reduce(keeps_zero=True),
-    "reduce_xor": _reduce(keeps_zero=True),
+    "reduce_or": _reduce_sum,
+    "reduce_xor": _reduce_sum,
     "argmax": _arg_reduce,
     "argmin": _arg_reduce,
     "cumsum": _cumulative,
