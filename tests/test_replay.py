@@ -476,3 +476,51 @@ def test_a_carry_is_zero_only_if_it_stays_so():
     (group,) = agp.find_couplings(drifts, params, X).groups
     assert group.inexact.startswith("reduce_sum at ")
     assert "rms_norm" in group.inexact
+
+
+@jax.custom_jvp
+def with_inner_derivative(x):
+    return jax.nn.relu(x) * x
+
+
+@with_inner_derivative.defjvp
+def _(primals, tangents):
+    return with_inner_derivative(*primals), tangents[0] * jax.nn.softplus(*primals)
+
+
+@jax.custom_vjp
+def with_inner_loop(x):
+    return lax.fori_loop(0, 2, lambda _, x: jax.nn.relu6(x) * 0.9, x)
+
+
+with_inner_loop.defvjp(
+    lambda x: (with_inner_loop(x), x), lambda x, g: (g * with_inner_loop(x),)
+)
+
+
+def branches(x):
+    return lax.cond(x.sum() > 0, jax.nn.relu, jnp.tanh, x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        jax.nn.relu,
+        jax.nn.mish,
+        jax.checkpoint(jax.nn.relu6),
+        branches,
+        with_inner_derivative,
+        with_inner_loop,
+    ],
+)
+def test_layers_that_lose_other_units_have_derivatives_of_their_own(function):
+    def fn(params, x):
+        def layer(x, weights):
+            return x + function(x @ weights["up"]) @ weights["down"], None
+
+        return lax.scan(layer, x, params)[0]
+
+    params = draw({"up": (3, 5, 6), "down": (3, 6, 5)})
+    removed = {"up[2]": np.array([[0, 1], [2, 5], [3, 4]])}
+    cut = assert_equal_when_cut(fn, params, X, removed=removed)
+    assert cut == {"up": (3, 5, 4), "down": (3, 4, 5)}

@@ -113,7 +113,7 @@ def _axes_outside(
 ) -> Iterator[tuple[Axis, ...]]:
     """The axes of everything but the body of `scan` and its stacked weights."""
     values = analysis.flow.values
-    inner = set(_variables_of(scan.bodies))
+    inner = set(_variables_of(analysis.flow, scan.bodies))
     for i, axes in enumerate(analysis.leaves):
         if i not in members:
             yield axes
@@ -122,13 +122,15 @@ def _axes_outside(
             yield value.axes
 
 
-def _variables_of(programs: tuple[Program, ...]) -> Iterator[Variable]:
+def _variables_of(flow: Flow, programs: tuple[Program, ...]) -> Iterator[Variable]:
+    """All variables inside, those of labelled derivatives too."""
     for program in programs:
         yield from program.inputs
         for equation in program.equations:
             yield from equation.inputs
             yield from equation.outputs
-            yield from _variables_of(equation.bodies)
+            yield from _variables_of(flow, equation.bodies)
+            yield from _variables_of(flow, flow.derivatives.get(equation, ()))
 
 
 def _atoms_of(flow: Flow, axes: Iterator[tuple[Axis, ...]]) -> np.ndarray:

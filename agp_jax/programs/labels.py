@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from agp_jax.programs.atoms import FROZEN, Atoms
-from agp_jax.programs.jaxprs import Equation, Variable, source_line
+from agp_jax.programs.jaxprs import Equation, Program, Variable, source_line
 from agp_jax.trees import Shape
 
 
@@ -62,6 +62,8 @@ class Flow:
       values: what is known about each variable.
       makers: the equation that makes each variable.
       outside: for inputs of bodies, the variable outside that each of them is.
+      derivatives: the programs of derivatives that functions bring along, where these
+        have been labelled, too.
       roles: what the program does with each leaf's axis: "out", "in" or "each".
       inexact: axes whose removal changes results, and the number of the reason.
       relied: axes whose removal changes nothing because certain leaves are zero there.
@@ -75,6 +77,7 @@ class Flow:
         self.values: dict[Variable, Value] = {}
         self.makers: dict[Variable, Equation] = {}
         self.outside: dict[Variable, Variable] = {}
+        self.derivatives: dict[Equation, tuple[Program, ...]] = {}
         self.roles: dict[tuple[int, int], set[str]] = {}
         self.inexact: list[tuple[np.ndarray, int]] = []
         self.relied: list[tuple[np.ndarray, frozenset[int]]] = []

@@ -62,17 +62,12 @@ class Remains:
         differ.
       kept: what stays along each axis, by the identity of its atoms, which stand beside
         it so that no other array takes their identity.
-      derivatives: what functions bring along as theirs, as programs, once they are
-        differentiated.
     """
 
     analysis: Analysis
     cut: Cut
     gone: np.ndarray
     kept: dict[int, tuple[np.ndarray, Kept]] = dataclasses.field(default_factory=dict)
-    derivatives: dict[Equation, tuple[Program, ...]] = dataclasses.field(
-        default_factory=dict
-    )
 
     @property
     def flow(self) -> Flow:
@@ -205,17 +200,15 @@ def derivative_of(remains: Remains, equation: Equation) -> tuple[Program, ...]:
 
     They are read the first time that something is differentiated, all at once.
     """
-    if equation not in remains.derivatives:
-        known = [
-            remains.analysis.program,
-            *(p for ps in remains.derivatives.values() for p in ps),
-        ]
-        for other in {e: None for p in known for e in _with_derivatives(p)}:
-            if other not in remains.derivatives:
-                remains.derivatives[other] = _label_derivative(remains.flow, other)
+    known = remains.flow.derivatives
+    if equation not in known:
+        programs = [remains.analysis.program, *(p for ps in known.values() for p in ps)]
+        for other in {e: None for p in programs for e in _with_derivatives(p)}:
+            if other not in known:
+                known[other] = _label_derivative(remains.flow, other)
         remains.gone = _gone_atoms(remains.analysis, remains.cut)
         remains.kept.clear()
-    return remains.derivatives[equation]
+    return known[equation]
 
 
 def _with_derivatives(program: Program) -> list[Equation]:
