@@ -524,3 +524,90 @@ def test_layers_that_lose_other_units_have_derivatives_of_their_own(function):
     removed = {"up[2]": np.array([[0, 1], [2, 5], [3, 4]])}
     cut = assert_equal_when_cut(fn, params, X, removed=removed)
     assert cut == {"up": (3, 5, 4), "down": (3, 4, 5)}
+
+
+def shift(h):
+    """A quarter of the channels from the step before, a quarter from the one after."""
+    later, sooner, rest = jnp.split(h, [2, 4], axis=-1)
+    later = jnp.pad(later[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    sooner = jnp.pad(sooner[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return jnp.concatenate([later, sooner, rest], -1)
+
+
+def shuffle_half(h):
+    return jnp.concatenate([h[..., np.array([2, 0, 3, 1])], h[..., 4:]], -1)
+
+
+def activate_half(h):
+    return jnp.concatenate([jax.nn.relu(h[..., :4]), jnp.tanh(h[..., 4:])], -1)
+
+
+def rotate_part_of_heads(h):
+    heads = h.reshape(*h.shape[:-1], 2, 4)
+    turned = jnp.concatenate([jnp.sin(heads[..., :2]), heads[..., 2:]], -1)
+    return turned.reshape(h.shape)
+
+
+def pad_with_ones(h):
+    return jnp.pad(h, ((0, 0), (0, 0), (2, 3)), constant_values=1.0)
+
+
+def pick_pairs(h):
+    picks = np.array([0, 1, 2, 3, 0, 1, 2, 3]), np.array([0, 1, 0, 1, 1, 0, 1, 0])
+    return h.reshape(*h.shape[:-1], 4, 2)[..., *picks]
+
+
+def pick_some_pairs(h):
+    return h.reshape(*h.shape[:-1], 4, 2)[..., np.arange(4), np.array([0, 1, 0, 1])]
+
+
+@pytest.mark.parametrize(
+    "move, sizes",
+    [
+        (lambda h: jnp.roll(h, 3, -1), [3, 5]),
+        (shift, [2, 2, 4]),
+        (shuffle_half, [4, 4]),
+        (activate_half, [4, 4]),
+        (lambda h: jnp.concatenate([h[..., ::2], h[..., 1::2]], -1), [4, 4]),
+        (rotate_part_of_heads, [2, 2, 2]),
+        (pad_with_ones, [5, 8]),
+        (pick_pairs, [2, 4]),
+    ],
+)
+def test_values_that_hold_a_part_of_the_units_are_as_large_in_all_layers(move, sizes):
+    def fn(params, x):
+        def layer(x, weights):
+            return x + move(jnp.tanh(x @ weights["up"])) @ weights["down"], None
+
+        return lax.scan(layer, x, params)[0]
+
+    width = jax.eval_shape(move, jnp.zeros((2, 3, 8))).shape[-1]
+    params, x = draw({"up": (3, 5, 8), "down": (3, width, 5)}), draw((2, 3, 5))
+    groups = agp.find_couplings(fn, params, x).groups
+    assert sorted(group.num_units for group in groups) == sizes
+    assert all(group.num_layers == 3 for group in groups)
+    rng = np.random.default_rng(0)
+    removed = {
+        g.name: np.stack([rng.permutation(g.num_units)[:1] for _ in range(3)])
+        for g in groups
+    }
+    cut = assert_equal_when_cut(fn, params, x, removed=removed)
+    assert cut["up"][2] < 8 and cut["down"][1] < width
+
+
+def test_what_picks_other_pairs_in_each_layer_goes_in_all():
+    """How many of four pairs stay is not settled by how many rows and columns do."""
+
+    def fn(params, x):
+        def layer(x, weights):
+            hidden = pick_some_pairs(jnp.tanh(x @ weights["up"]))
+            return x + hidden @ weights["down"], None
+
+        return lax.scan(layer, x, params)[0]
+
+    params = draw({"up": (3, 5, 8), "down": (3, 4, 5)})
+    groups = agp.find_couplings(fn, params, X).groups
+    assert sorted(g.num_units for g in groups) == [2, 4]
+    assert all(group.num_layers is None for group in groups)
+    for group in groups:
+        assert_equal_when_cut(fn, params, X, removed={group.name: [1]})

@@ -91,6 +91,66 @@ def stacked_atoms(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
     return stacks, np.array(num_layers)
 
 
+def even_parts(analysis: Analysis, stacks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Divides stacked atoms into parts of which each layer may lose others, as many.
+
+    A value inside may hold some of the atoms only, as where a part of the channels is
+    shifted, and has one size in all layers. So atoms are of one part if they lie alike
+    in every axis. Where pairs of atoms are picked, as many of each do not settle how
+    many pairs there are; these atoms go in all layers or none.
+
+    Args:
+      analysis: of a function.
+      stacks: for each atom the number of its stack, as `stacked_atoms` gives it.
+
+    Returns:
+      `stacks`, 0 for what cannot differ between layers; and for each atom the number of
+      its part, 0 where the stack is.
+    """
+    flow, stacks = analysis.flow, stacks.copy()
+    values = (*analysis.leaves, *(value.axes for value in flow.values.values()))
+    axes = {id(axis.atoms): axis.atoms for several in values for axis in several}
+    factors = [flow.atoms.factors(atoms) for atoms in axes.values()]
+    while True:
+        factors = [columns for columns in factors if stacks[columns].any()]
+        parts = _parts(stacks, factors)
+        uneven = [columns for columns in factors if not _is_even(columns, parts)]
+        if not uneven:
+            return stacks, np.where(stacks > 0, 1 + parts, 0)
+        stacks[np.concatenate([columns.ravel() for columns in uneven])] = 0
+
+
+def _parts(stacks: np.ndarray, factors: list[np.ndarray]) -> np.ndarray:
+    """A number for each atom: that of its part, or its own if it is of no stack."""
+    # Sums of random numbers, one for each axis, tell where an atom occurs, how often.
+    rng = np.random.default_rng(0)
+    places = stacks.astype(np.uint64)
+    for column in (column for columns in factors for column in columns.T):
+        atoms, counts = np.unique(column, return_counts=True)
+        draw = rng.integers(2**63, dtype=np.uint64)
+        places[atoms] += draw * counts.astype(np.uint64)
+    places = np.where(stacks > 0, places, np.arange(len(stacks), dtype=np.uint64))
+    return np.unique(places, return_inverse=True)[1].reshape(-1)
+
+
+def _is_even(columns: np.ndarray, parts: np.ndarray) -> bool:
+    """Whether as many of each part leave as many indices of an axis.
+
+    They do if it has every combination of the atoms of the parts that it combines.
+    """
+    if columns.shape[1] == 1:
+        return True
+    sizes = np.bincount(parts)
+    kinds, kind = np.unique(parts[columns], axis=0, return_inverse=True)
+    order = np.argsort(kind.reshape(-1), kind="stable")
+    ends = np.cumsum(np.bincount(kind.reshape(-1)))[:-1]
+    for combined, rows in zip(kinds, np.split(columns[order], ends), strict=True):
+        rows, counts = np.unique(rows, axis=0, return_counts=True)
+        if len(rows) != np.prod(sizes[combined]) or (counts != counts[0]).any():
+            return False
+    return True
+
+
 def _stacked_leaves(analysis: Analysis, scan: Equation) -> set[int]:
     """The leaves that are used as the weights of the layers of `scan`, and only so."""
     values = analysis.flow.values

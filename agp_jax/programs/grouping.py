@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from agp_jax.couplings import Couplings, Group, Member
-from agp_jax.programs.analyses import Analysis, analyse, stacked_atoms
+from agp_jax.programs.analyses import Analysis, analyse, even_parts, stacked_atoms
 from agp_jax.trees import PyTree, Shape, abstract_array
 
 
@@ -37,7 +37,8 @@ def find_couplings(
     analysis = analyse(fn, variables, *inputs, freeze_outputs=True)
     slices = leaf_slices(analysis)
     stacks, num_layers = stacked_atoms(analysis)
-    clusters = _cluster(slices, stacks)
+    stacks, parts = even_parts(analysis, stacks)
+    clusters = _cluster(slices, parts)
     return Couplings(
         groups=_make_groups(analysis, slices, clusters, stacks, num_layers),
         variables=jax.tree.map(abstract_array, variables),
@@ -81,10 +82,11 @@ def leaf_slices(analysis: Analysis) -> Slices:
     return Slices(*(x[new] for x in slices))
 
 
-def _cluster(slices: Slices, stacks: np.ndarray) -> list[np.ndarray]:
+def _cluster(slices: Slices, parts: np.ndarray) -> list[np.ndarray]:
     """Groups of units as int arrays (units, slices) of places in `slices`.
 
-    Atoms are of one group if they live in the same axes of the same leaves, as often.
+    Atoms are of one group if they live in the same axes of the same leaves, as often,
+    and are of one part if their layers are stacked.
     """
     if not len(slices.atom):
         return []
@@ -97,7 +99,7 @@ def _cluster(slices: Slices, stacks: np.ndarray) -> list[np.ndarray]:
     # about 2**-63, and the fixed seed makes every run the same.
     draws = np.random.default_rng(0).integers(2**63, size=home.max() + 1)
     signature = np.add.reduceat(draws[home], starts)
-    signature += stacks[slices.atom[starts]]  # units of other stacks are other units
+    signature += parts[slices.atom[starts]]  # of stacks; those of others are others
     _, kind, counts = np.unique(signature, return_inverse=True, return_counts=True)
     by_kind = np.split(np.argsort(kind, kind="stable"), np.cumsum(counts)[:-1])
     groups = []
