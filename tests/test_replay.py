@@ -611,3 +611,26 @@ def test_what_picks_other_pairs_in_each_layer_goes_in_all():
     assert all(group.num_layers is None for group in groups)
     for group in groups:
         assert_equal_when_cut(fn, params, X, removed={group.name: [1]})
+
+
+def test_bits_are_read_at_another_width():
+    """Axes pass but the one that counts the parts of a number."""
+
+    def fn(params, x):
+        narrow = lax.bitcast_convert_type(x @ params["up"], jnp.uint32)
+        again = lax.bitcast_convert_type(narrow, jnp.float64)
+        low = narrow[..., 0].astype(jnp.float64) * 2.0**-32
+        wide = lax.bitcast_convert_type(params["bytes"], jnp.int32)
+        return (again + low + wide[None] * 2.0**-31) @ params["down"]
+
+    params = draw({"up": (5, 6), "down": (6, 3)})
+    rng = np.random.default_rng(0)
+    params["bytes"] = jnp.asarray(rng.integers(-128, 128, (6, 4)), jnp.int8)
+    couplings = agp.find_couplings(fn, params, X)
+    ((start, stop, reason),) = couplings.frozen["bytes", 1]
+    assert (start, stop) == (0, 4) and reason.startswith("bitcast_convert_type at ")
+    masks = couplings.masks({"up[1]": [1, 4]})
+    cut = agp.plan_cut(masks, couplings)
+    full, small, thin_fn = thinned_pair(fn, params, cut, masks)
+    assert small["bytes"].shape == (4, 4)
+    np.testing.assert_allclose(thin_fn(small, X), fn(full, X), rtol=1e-9)

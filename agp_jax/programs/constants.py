@@ -12,6 +12,7 @@ _MAX_KNOWN = 2**20
 
 # Primitives whose value is worked out when all they read is known.
 _KNOWABLE = ELEMENTWISE | {
+    "bitcast_convert_type",
     "iota",
     "broadcast_in_dim",
     "reshape",

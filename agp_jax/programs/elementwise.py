@@ -23,7 +23,7 @@ _ANY_ZERO = {"mul", "and"}
 _ALL_ZERO = {"add", "add_any", "sub", "max", "min", "or", "xor", "select_n", "clamp"}
 # Zero or not, it is not known here.
 _OTHER = set(
-    "acos acosh atan2 bessel_i0e bessel_i1e bitcast_convert_type clz complex cos cosh "
+    "acos acosh atan2 bessel_i0e bessel_i1e clz complex cos cosh "
     "digamma div eq eq_to erfc exp exp2 ge gt is_finite le le_to lgamma log log2 "
     "logistic lt lt_to ne nextafter not one_minus_square polygamma population_count "
     "pow rem rsqrt shift_left shift_right_arithmetic shift_right_logical".split()

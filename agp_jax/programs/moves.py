@@ -244,6 +244,15 @@ def _scatter(flow, equation, ins):
     ]
 
 
+def _bitcast(flow, equation, ins):
+    """Between widths, the last axis of the narrower holds the parts of a number."""
+    old, new = ins[0].axes, equation.outputs[0].shape
+    shared = min(len(old), len(new))
+    flow.freeze(*old[shared:])
+    passed = [Axis(axis.atoms, axis.leaves) for axis in old[:shared]]
+    return [passed + [flow.fixed(size) for size in new[shared:]]]
+
+
 def _dynamic_slice(flow, equation, ins):
     sizes = equation.params["slice_sizes"]
     flow.freeze(*(a for a, n in zip(ins[0].axes, sizes, strict=True) if a.size != n))
@@ -293,6 +302,7 @@ MOVES: dict[str, LabelRule] = {
     "scatter-mul": _scatter,
     "scatter-min": _scatter,
     "scatter-max": _scatter,
+    "bitcast_convert_type": _bitcast,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
 }
