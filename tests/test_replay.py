@@ -634,3 +634,64 @@ def test_bits_are_read_at_another_width():
     full, small, thin_fn = thinned_pair(fn, params, cut, masks)
     assert small["bytes"].shape == (4, 4)
     np.testing.assert_allclose(thin_fn(small, X), fn(full, X), rtol=1e-9)
+
+
+def through_frequencies(params, x):
+    """A Fourier layer: features are mixed for each frequency of the positions."""
+    spectrum = jnp.fft.rfft(jnp.tanh(x @ params["up"]), axis=1)
+    mixed = jnp.einsum("bfc,fcd->bfd", spectrum, params["mix"])
+    return jnp.fft.irfft(mixed, n=x.shape[1], axis=1) @ params["out"]
+
+
+def through_both(params, x):
+    mixed = jnp.tanh(jnp.fft.fft2(x @ params["up"], axes=(0, 1)).real)
+    return (mixed @ params["mix"][0] + mixed @ params["mix"][1]) @ params["out"]
+
+
+def sorted_and_normalised(params, x):
+    ordered = rms_norm(jnp.sort(x @ params["up"], axis=1))
+    largest, places = lax.top_k(ordered, 2, axis=1)
+    mixed = jnp.tanh(largest * (1 + places)) @ params["mix"].sum(0)
+    return mixed @ params["out"]
+
+
+@pytest.mark.parametrize(
+    "fn", [through_frequencies, through_both, sorted_and_normalised]
+)
+def test_what_goes_along_positions_hands_on_the_features(fn):
+    params = draw({"up": (5, 6), "mix": (3, 6, 8), "out": (8, 3)})
+    removed = {"up[1]": [0, 2, 3], "mix[2]": [1, 6, 7]}
+    cut = assert_equal_when_cut(fn, params, draw((2, 4, 5)), removed=removed)
+    assert cut == {"up": (5, 3), "mix": (3, 3, 5), "out": (5, 3)}
+
+
+def test_experts_of_ragged_products_lose_width_and_hidden_units():
+    """The two best of three experts for each token, in runs of tokens sorted by it."""
+
+    def fn(params, x):
+        stream = x @ params["embed"]
+        tokens = rms_norm(stream)
+        weights, experts = lax.top_k(jax.nn.softmax(tokens @ params["router"]), 2)
+        order = jnp.argsort(experts.ravel())
+        sizes = jnp.bincount(experts.ravel(), length=3).astype(jnp.int32)
+        routed = jnp.repeat(tokens, 2, axis=0)[order]
+        gate = lax.ragged_dot(routed, params["gate"], sizes)
+        hidden = jax.nn.silu(gate) * lax.ragged_dot(routed, params["up"], sizes)
+        made = lax.ragged_dot(hidden, params["down"], sizes)
+        made = jnp.zeros_like(made).at[order].set(made)
+        made = made.reshape(*experts.shape, -1) * weights[..., None]
+        return (stream + made.sum(1)) @ params["head"]
+
+    wide, narrow = {"gate": (3, 8, 6), "up": (3, 8, 6)}, {"down": (3, 6, 8)}
+    ends = {"embed": (5, 8), "router": (8, 3), "head": (8, 3)}
+    params, x = draw({**ends, **wide, **narrow}), draw((7, 5))
+    couplings = agp.find_couplings(fn, params, x)
+    assert {g.name: g.exact for g in couplings.groups} == {
+        "down[2]": True,
+        "gate[2]": True,
+    }
+    for path in ("gate", "up", "down"):
+        assert "ragged_dot_general at " in couplings.frozen[path, 0][0][2]
+    removed = {"down[2]": [1, 4, 5], "gate[2]": [0, 3]}
+    cut = assert_equal_when_cut(fn, params, x, removed=removed)
+    assert cut["gate"] == cut["up"] == (3, 5, 4) and cut["down"] == (3, 4, 5)

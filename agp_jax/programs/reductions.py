@@ -10,6 +10,7 @@ from agp_jax.programs.labels import (
     Axis,
     Flow,
     LabelRule,
+    Value,
     all_zeros,
     any_zeros,
     continued,
@@ -59,19 +60,36 @@ def _cumulative(flow, equation, ins):
     return [[a if keeps_zero else Axis(a.atoms, a.leaves) for a in ins[0].axes]]
 
 
+def _fft(flow, equation, ins):
+    """A transform along the last axes, of each index of the others."""
+    num_fixed = len(equation.params["fft_lengths"])
+    rest = ins[0].axes[: len(ins[0].axes) - num_fixed]
+    flow.freeze(*ins[0].axes[len(rest) :])
+    return [[*rest, *map(flow.fixed, equation.outputs[0].shape[len(rest) :])]]
+
+
 def _sort(flow, equation, ins):
-    along = equation.params.get("dimension", len(ins[0].axes) - 1)
+    """Of zeros along other axes, the values that come out are zeros in any order."""
+    p, rank = equation.params, len(ins[0].axes)
+    names = ("dimension", "axis", "reduction_dimension")
+    along = next((p[name] for name in names if name in p), -1) % rank
     columns = list(zip(*(value.axes for value in ins), strict=True))
     flow.freeze(*columns[along])
     for i, column in enumerate(columns):
         if i != along:
             flow.unify(*column)
+
+    def passed(place: int, column: Sequence[Axis]) -> Axis:
+        # The second output of top_k, the places that it found, is made of no input.
+        zeros = column[place].zeros if place < len(column) else None
+        return Axis(column[0].atoms, zeros=zeros)
+
     return [
         [
-            flow.fixed(size) if i == along else Axis(columns[i][0].atoms)
+            flow.fixed(size) if i == along else passed(place, columns[i])
             for i, size in enumerate(output.shape)
         ]
-        for output in equation.outputs
+        for place, output in enumerate(equation.outputs)
     ]
 
 
@@ -115,9 +133,42 @@ def _reduce_window(flow, equation, ins):
 
 
 def _dot_general(flow, equation, ins):
-    (left_in, right_in), batch = equation.params["dimension_numbers"]
+    return [_product(flow, ins, *equation.params["dimension_numbers"])]
+
+
+def _ragged_dot_general(flow, equation, ins):
+    """Each run of rows has a matrix of its own; which run a row is in is data."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    summed, batch = numbers.dot_dimension_numbers
+    left, right, *sizes = ins
+    ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    flow.freeze(*(axis for value in sizes for axis in value.axes))
+    flow.freeze(*(left.axes[i] for i in ragged), *(right.axes[i] for i in groups))
+    if len(sizes[0].axes) > 1:  # of each index of some axes before the ragged one
+        flow.freeze(*(a for i, a in enumerate(left.axes) if i not in summed[0]))
+    result = _product(flow, (left, right), summed, batch, groups)
+    if set(ragged) & set(summed[0]):
+        result = [flow.fixed(equation.outputs[0].shape[0]), *result]
+    return [result]
+
+
+def _product(
+    flow: Flow,
+    ins: Sequence[Value],
+    summed: tuple[Sequence[int], Sequence[int]],
+    batch: tuple[Sequence[int], Sequence[int]],
+    groups: Sequence[int] = (),
+) -> list[Axis]:
+    """The axes of a product of two values: of the batch, then what each has alone.
+
+    Args:
+      flow: the labels so far.
+      ins: the factors.
+      summed, batch: axes of both, in pairs.
+      groups: axes of the second that the product has not.
+    """
     left, right = (value.axes for value in ins)
-    pairs_in = [(left[i], right[j]) for i, j in zip(left_in, right_in, strict=True)]
+    pairs_in = [(left[i], right[j]) for i, j in zip(*summed, strict=True)]
     pairs = [(left[i], right[j]) for i, j in zip(*batch, strict=True)]
     for one, other in pairs_in + pairs:
         flow.unify(one, other)
@@ -127,14 +178,15 @@ def _dot_general(flow, equation, ins):
         flow.give_role(one, "out" if ins[0].is_weight and ins[1].is_weight else "in")
         flow.give_role(other, "in")
     free = []
-    for value, summed, batched in zip(ins, (left_in, right_in), batch, strict=True):
-        rest = [a for i, a in enumerate(value.axes) if i not in (*summed, *batched)]
+    for value, *gone in zip(ins, summed, batch, ((), groups), strict=True):
+        without = {int(i) for axes in gone for i in axes}
+        rest = [axis for i, axis in enumerate(value.axes) if i not in without]
         free.extend(rest)
         if not all(other.is_weight for other in ins):
             for axis in rest:
                 flow.give_role(axis, "out")
     shared = [Axis(a.atoms, continued((a, b)), any_zeros((a, b))) for a, b in pairs]
-    return [shared + free]
+    return shared + free
 
 
 def _conv(flow, equation, ins):
@@ -204,8 +256,10 @@ REDUCTIONS: dict[str, LabelRule] = {
     "cummax": _cumulative,
     "cummin": _cumulative,
     "cumlogsumexp": _cumulative,
+    "fft": _fft,
     "sort": _sort,
     "top_k": _sort,
+    "approx_top_k": _sort,
     "reduce_window": _reduce_window,
     "reduce_window_sum": _reduce_window,
     "reduce_window_max": _reduce_window,
@@ -213,5 +267,6 @@ REDUCTIONS: dict[str, LabelRule] = {
     "select_and_scatter_add": _reduce_window,
     "select_and_gather_add": _reduce_window,
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot_general,
     "conv_general_dilated": _conv,
 }
