@@ -252,6 +252,25 @@ def test_what_is_normalised_over_is_not_exact_and_says_where(fn, primitive, text
     assert str(group).splitlines()[0] == f"up[1]: 6 units, not exact: {group.inexact}"
 
 
+def test_what_is_not_read_is_fixed():
+    """Later positions than the input has, and a part of the model that is left out."""
+
+    def fn(params, x):
+        table = params["positions"].astype(jnp.float32)
+        hidden = jnp.tanh(x @ params["up"] + table[:2])
+        return hidden @ params["down"]
+
+    variables = {"up": shaped(3, 6), "down": shaped(6, 2), "positions": shaped(5, 6)}
+    variables["decoder"] = {"kernel": shaped(4, 7), "seed": shaped(2)}
+    couplings = agp.find_couplings(fn, variables, shaped(2, 3))
+    assert [group.name for group in couplings.groups] == ["up[1]"]
+    assert couplings.frozen["positions", 0][1] == (2, 5, "not read")
+    for path, axis in [("decoder/kernel", 0), ("decoder/kernel", 1)]:
+        ((_, _, reason),) = couplings.frozen[path, axis]
+        assert reason == "not read"
+    assert couplings.frozen["decoder/seed", 0] == ((0, 2, "not read"),)
+
+
 # Names and numbers
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from agp_jax.couplings import Couplings, Group, Member
 from agp_jax.programs.analyses import Analysis, analyse, even_parts, stacked_atoms
+from agp_jax.programs.labels import Axis
 from agp_jax.trees import PyTree, Shape, abstract_array
 
 
@@ -23,7 +24,8 @@ def find_couplings(
 
     Nothing is computed, so arrays and `jax.ShapeDtypeStruct` do equally. The shapes of
     `inputs` and of what `fn` returns stay as they are: pass the function that predicts,
-    not one that returns updated statistics, whose shapes would stay, too.
+    not one that returns updated statistics, whose shapes would stay, too. What `fn`
+    does not read for these inputs, such as later positions than they have, is fixed.
 
     >>> import jax.numpy as jnp
     >>> def mlp(params, x):
@@ -35,6 +37,7 @@ def find_couplings(
         out  up[1]
     """
     analysis = analyse(fn, variables, *inputs, freeze_outputs=True)
+    _freeze_unread(analysis)
     slices = leaf_slices(analysis)
     stacks, num_layers = stacked_atoms(analysis)
     stacks, parts = even_parts(analysis, stacks)
@@ -45,6 +48,23 @@ def find_couplings(
         frozen=_frozen_slices(analysis),
         axes=_axes_to_keep(analysis, slices, clusters),
     )
+
+
+def _freeze_unread(analysis: Analysis) -> None:
+    """Keeps what no output depends on, such as positions beyond the length traced.
+
+    It could go without a trace, but another call of the function may read it. What is
+    read is summed over sooner or later, or fixed: by the shape of an output, if nothing
+    else does it.
+    """
+    flow = analysis.flow
+    is_read = np.zeros(flow.atoms.size, bool)
+    for atoms, _ in (*flow.inexact, *flow.relied):
+        is_read[flow.atoms.factors(atoms)] = True
+    with flow.at("not read"):
+        for axis in (axis for axes in analysis.leaves for axis in axes):
+            factors = flow.atoms.factors(axis.atoms)
+            flow.freeze(Axis(factors[~is_read[factors]]))
 
 
 class Slices(NamedTuple):

@@ -193,7 +193,7 @@ def _gather(flow, equation, ins):
         for place, part in zip(outer, parts, strict=True):
             result[place] = part
         return [result]
-    flow.freeze(*(operand[i] for i in numbers.collapsed_slice_dims))
+    flow.freeze(*(operand[i] for i in numbers.collapsed_slice_dims), indices[-1])
     for i, j in zip(
         numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
     ):
@@ -220,7 +220,7 @@ def _scatter(flow, equation, ins):
             whole[i] = updates[place]
         else:
             flow.freeze(operand[i], updates[place])
-    flow.freeze(*(operand[i] for i in numbers.inserted_window_dims))
+    flow.freeze(*(operand[i] for i in numbers.inserted_window_dims), indices[-1])
     outer = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
     for k, (place, axis) in enumerate(zip(outer, indices, strict=False)):
         flow.unify(updates[place], axis)
