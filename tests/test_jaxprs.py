@@ -26,7 +26,10 @@ TABLE = np.arange(6.0, dtype=np.float32).reshape(2, 3)
 def run(program, arrays):
     """The outputs of a program: each equation is applied to what is known so far."""
     known = dict(zip(program.inputs, arrays, strict=True))
-    read = lambda v: known[v] if v in known else v.constant  # noqa: E731
+
+    def read(v):
+        return known[v] if v in known else jnp.broadcast_to(v.constant, v.shape)
+
     for equation in program.equations:
         made = bind(equation, [read(v) for v in equation.inputs])
         known.update(zip(equation.outputs, made, strict=True))

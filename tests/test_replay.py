@@ -695,3 +695,45 @@ def test_experts_of_ragged_products_lose_width_and_hidden_units():
     removed = {"down[2]": [1, 4, 5], "gate[2]": [0, 3]}
     cut = assert_equal_when_cut(fn, params, x, removed=removed)
     assert cut["gate"] == cut["up"] == (3, 5, 4) and cut["down"] == (3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda: np.ones((2, 2)),
+        lambda: jnp.ones((2, 2), bool).astype(jnp.float64),
+        lambda: [np.full(2, 0.5)] * 2,
+    ],
+)
+def test_a_constant_of_one_number_ties_nothing(mask):
+    """A mask over the heads of two layers leaves each its own choice of heads."""
+
+    def fn(params, x):
+        ones = mask()
+        for i in range(2):
+            heads = jnp.tanh(x @ params["up"][i]).reshape(-1, 2, 3)
+            heads = heads * ones[i][None, :, None] + jnp.zeros((4, 2, 3))
+            x = x + heads.reshape(-1, 6) @ params["down"][i]
+        return x
+
+    params = draw({"up": [(5, 6), (5, 6)], "down": [(6, 5), (6, 5)]})
+    names = [f"up/{i}[1]{kind}" for i in range(2) for kind in ("", "#2")]
+    removed = {names[0]: [0], names[2]: [1]}
+    couplings = agp.find_couplings(fn, params, X)
+    assert [group.name for group in couplings.groups] == names
+    cut = assert_equal_when_cut(fn, params, X, removed=removed)
+    assert cut["up/0"] == cut["up/1"] == (5, 3)
+
+
+def test_zeros_are_known_in_arrays_of_one_number():
+    def fn(params, x):
+        hidden = x @ params["up"]
+        clipped = jnp.maximum(hidden, jnp.zeros_like(hidden))
+        clipped = jnp.minimum(clipped, jnp.full_like(hidden, 6.0))
+        chosen = jnp.where(x[:, :1] > 0, clipped, jnp.zeros((4, 6)))
+        return rms_norm(chosen) @ params["down"]
+
+    params = draw({"up": (5, 6), "down": (6, 3)})
+    assert agp.find_couplings(fn, params, X)["up[1]"].exact
+    cut = assert_equal_when_cut(fn, params, X, removed={"up[1]": [1, 4, 5]})
+    assert cut == {"up": (5, 3), "down": (3, 3)}

@@ -178,7 +178,9 @@ def _axes_outside(
         if i not in members:
             yield axes
     for variable, value in values.items():
-        if variable not in inner and value.leaf not in members:
+        # What is one number over and over is that in any layer, of any size.
+        elsewhere = variable not in inner and not variable.is_uniform
+        if elsewhere and value.leaf not in members:
             yield value.axes
 
 

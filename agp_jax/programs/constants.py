@@ -57,7 +57,7 @@ def known_value(flow: Flow, variable: Variable) -> np.ndarray | None:
     while variable in flow.outside:
         variable = flow.outside[variable]
     if variable.constant is not None:
-        return np.asarray(variable.constant)
+        return np.broadcast_to(variable.constant, variable.shape)
     maker = flow.makers.get(variable)
     is_index = np.dtype(variable.aval.dtype).kind in "iub"
     if maker is None or not is_index or len(maker.outputs) > 1 or maker.bodies:

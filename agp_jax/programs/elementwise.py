@@ -6,8 +6,6 @@ way to a sum, removing it changes nothing.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from agp_jax.programs.jaxprs import Equation, Variable
 from agp_jax.programs.labels import Axis, Flow, Value, all_zeros, any_zeros, continued
 
@@ -82,23 +80,18 @@ def _zeros(
     if name in _ALL_ZERO:
         first = 1 if name == "select_n" else 0
         rest = [
-            (k, variable, value)
+            value
             for k, (variable, value) in enumerate(operands)
-            if k >= first
+            if k >= first and not _keeps_zero(name, k, variable)
         ]
-        if all(
-            (v.axes and v.axes[i].size == size) or _keeps_zero(name, k, variable)
-            for k, variable, v in rest
-        ):
-            return all_zeros(
-                [v.axes[i] for _, _, v in rest if v.axes and v.axes[i].size == size]
-            )
+        if all(value.axes and value.axes[i].size == size for value in rest):
+            return all_zeros([value.axes[i] for value in rest])
     return None
 
 
 def _keeps_zero(name: str, place: int, variable: Variable) -> bool:
-    """Whether a scalar operand lets zeros pass: the 0 of max(x, 0), the 6 of min."""
-    if variable.constant is None or np.ndim(variable.constant):
+    """Whether a known number lets zeros pass: the 0 of max(x, 0), the 6 of min."""
+    if not variable.is_uniform:
         return False
     bound = {"max": "below", "min": "above"}.get(name)
     if name == "clamp":

@@ -25,6 +25,19 @@ _INLINED = {
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
 }
+# What makes an array of one number over and over of such an array or number.
+_KEEP_UNIFORM = {
+    "broadcast_in_dim",
+    "convert_element_type",
+    "dynamic_slice",
+    "reshape",
+    "rev",
+    "slice",
+    "squeeze",
+    "transpose",
+}
+# Constants with more entries than this are not looked through for being uniform.
+_MAX_LOOKED_AT = 2**20
 # Equations with bodies, and the parameters that hold them, one or several each.
 _BODIES = {
     "scan": ("jaxpr",),
@@ -44,7 +57,8 @@ class Variable:
 
     Attributes:
       aval: its abstract value, with `shape` and `dtype`.
-      constant: what it is, if that is known when tracing; else None.
+      constant: what it is, if that is known when tracing; else None. An array of one
+        number over and over is that number, and a variable of its own at each use.
     """
 
     aval: Any
@@ -53,6 +67,11 @@ class Variable:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(getattr(self.aval, "shape", ()))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is known to be one number over and over, or a known number."""
+        return _is_number(self.constant)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,12 +248,13 @@ def _inline(
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     known: dict[Any, Variable] = dict(zip(inner.invars, inputs, strict=True))
     for var, value in zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=True):
-        known[var] = Variable(var.aval, value)
+        known[var] = Variable(var.aval, _number_of(value))
 
     def read(var: Any) -> Variable:
-        return (
-            Variable(var.aval, var.val) if isinstance(var, jex.Literal) else known[var]
-        )
+        if isinstance(var, jex.Literal):
+            return Variable(var.aval, var.val)
+        variable = known[var]
+        return dataclasses.replace(variable) if variable.is_uniform else variable
 
     for eqn in inner.eqns:
         ins = tuple(map(read, eqn.invars))
@@ -242,6 +262,10 @@ def _inline(
         here = (eqn.source_info, *calls)
         if called is not None:
             outs = _inline(eqn.params[called], ins, equations, here)
+        elif _stays_uniform(eqn, ins):
+            (made,) = (var.aval for var in eqn.outvars)
+            number = np.asarray(ins[0].constant).astype(made.dtype)[()]
+            outs = (Variable(made, number),)
         else:
             outs = tuple(Variable(var.aval) for var in eqn.outvars)
             bodies = tuple(program_of(body, here) for body in _inner_jaxprs(eqn))
@@ -250,6 +274,30 @@ def _inline(
             )
         known.update(zip(eqn.outvars, outs, strict=True))
     return tuple(map(read, inner.outvars))
+
+
+def _is_number(constant: Any) -> bool:
+    if constant is None or np.ndim(constant):
+        return False
+    return not jnp.issubdtype(jnp.result_type(constant), jax.dtypes.extended)
+
+
+def _number_of(constant: Any) -> Any:
+    """The number that an array is full of; the array, if it is of several."""
+    is_here = getattr(constant, "is_fully_addressable", True)
+    is_numeric = not jnp.issubdtype(jnp.result_type(constant), jax.dtypes.extended)
+    if not is_here or not is_numeric or not 0 < np.size(constant) <= _MAX_LOOKED_AT:
+        return constant
+    flat = np.asarray(constant).reshape(-1)
+    return flat[0] if (flat == flat[0]).all() else constant
+
+
+def _stays_uniform(eqn: Any, inputs: Sequence[Variable]) -> bool:
+    return (
+        eqn.primitive.name in _KEEP_UNIFORM
+        and inputs[0].is_uniform
+        and eqn.params.get("sharding") is None
+    )
 
 
 def _inner_jaxprs(eqn: Any) -> Iterator[Any]:

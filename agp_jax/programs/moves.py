@@ -277,9 +277,8 @@ def _dynamic_update_slice(flow, equation, ins):
 
 
 def _is_zero(variable: Variable) -> bool:
-    """Whether a variable is known to be the number 0."""
-    constant = variable.constant
-    return constant is not None and np.ndim(constant) == 0 and bool(constant == 0)
+    """Whether a variable is known to be 0, everywhere."""
+    return variable.is_uniform and bool(variable.constant == 0)
 
 
 MOVES: dict[str, LabelRule] = {

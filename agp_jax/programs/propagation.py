@@ -34,8 +34,9 @@ def value_of(flow: Flow, variable: Variable) -> Value:
     """The labels of a variable; a constant may be cut along any axis."""
     if variable not in flow.values:
         assert variable.constant is not None, variable
-        none_needed = frozenset() if np.ndim(variable.constant) == 0 else None
-        axes = tuple(flow.fresh(size, none_needed) for size in variable.shape)
+        is_zero = variable.is_uniform and bool(variable.constant == 0)
+        zeros = frozenset() if is_zero else None
+        axes = tuple(flow.fresh(size, zeros) for size in variable.shape)
         flow.values[variable] = Value(axes, is_weight=True)
     return flow.values[variable]
 

@@ -29,7 +29,7 @@ from agp_jax.thinning.remains import (
     is_inexact,
     kept_axes,
 )
-from agp_jax.thinning.resizing import RESIZED, take
+from agp_jax.thinning.resizing import RESIZED, take, thin_shape
 from agp_jax.trees import PyTree, Shape, abstract_array, flatten_with_paths
 
 
@@ -123,6 +123,9 @@ def _run(
     def read(variable: Variable) -> Any:
         if variable not in known:
             kept = kept_axes(remains, variable)
+            if variable.is_uniform and variable.shape:
+                shape = thin_shape(kept, variable.shape)
+                return jnp.full(shape, variable.constant, variable.aval.dtype)
             return take(variable.constant, kept, layer)
         return known[variable]
 
