@@ -415,6 +415,29 @@ def roll(draft, x, values):
     return jnp.roll(x, 1, axis) if draft.happens(0.5) else jnp.flip(x, axis)
 
 
+def nothing(draft, x, values):
+    """Slices and sums of no entries, and moves by no place."""
+    if not x.ndim:
+        return None
+    axis = draft.axis(x)
+    none = lax.slice_in_dim(x, 0, 0, axis=axis)
+    return [
+        lambda: jnp.concatenate([none, x], axis),
+        lambda: jnp.roll(x, draft.choose((0, x.shape[axis])), axis),
+        lambda: x + jnp.tanh(none).sum(axis, keepdims=True),
+        lambda: jnp.concatenate(
+            jnp.split(x, [0, x.shape[axis] // 2], axis)[::-1], axis
+        ),
+    ][int(draft.rng.integers(4))]()
+
+
+def bits(draft, x, values):
+    """Exponents of numbers, read as integers, and all bits back again."""
+    parts = lax.bitcast_convert_type(x, jnp.uint32)
+    whole = lax.bitcast_convert_type(parts, x.dtype)
+    return whole + (parts[..., 1] << 1).astype(x.dtype) * 2.0**-32
+
+
 def repeat(draft, x, values):
     if not x.ndim:
         return None
@@ -440,9 +463,30 @@ def take(draft, x, values):
         return None
     axis = draft.axis(x)
     size = x.shape[axis]
-    if draft.happens(0.6):
+    if draft.happens(0.4):
         return jnp.take(x, draft.rng.permutation(size), axis)
-    return jnp.take(x, draft.rng.integers(0, size, 5), axis)
+    shape = draft.choose([(5,), (2, 3), (1, 4), (3, 1)])
+    picks = draft.rng.integers(0, size, shape)
+    return jnp.take(x, picks if draft.happens(0.5) else jnp.asarray(picks), axis)
+
+
+def take_pairs(draft, x, values):
+    """Of two axes at once, by indices known when tracing."""
+    if x.ndim < 2:
+        return None
+    shape = draft.choose([(4,), (2, 3), (2, 1)])
+    rows, columns = (draft.rng.integers(0, size, shape) for size in x.shape[-2:])
+    return x[..., rows, columns]
+
+
+def table(draft, x, values):
+    """Positions that are known when tracing, of rows of a table."""
+    if x.ndim < 2:
+        return None
+    length, width = x.shape[-2:]
+    read = draft.variable(2 * length, width)
+    positions = draft.rng.integers(0, 2 * length, (draft.choose((1, 2)), length))
+    return x + read[positions].sum(0).reshape((1,) * (x.ndim - 2) + (length, width))
 
 
 def scatter(draft, x, values):
@@ -506,6 +550,15 @@ def reduce(draft, x, values):
     return function(x, axis, keepdims=draft.happens(0.5))
 
 
+def scale_by_total(draft, x, values):
+    """By a number: a norm of all entries, or of all weights of a kernel."""
+    total = draft.choose([jnp.abs, jnp.square])(x).sum()
+    if x.ndim and draft.happens(0.5):
+        kernel = draft.variable(x.shape[-1], x.shape[-1])
+        total, x = jnp.square(kernel).sum(), x @ kernel
+    return x / (1 + total)
+
+
 def scale_by_reduction(draft, x, values):
     """Squeeze and excite."""
     if x.ndim < 2:
@@ -525,6 +578,7 @@ def along_axis(draft, x, values):
             lambda: jnp.sort(x, axis),
             lambda: lax.cummax(x, axis),
             lambda: lax.associative_scan(jnp.maximum, x, axis=axis),
+            lambda: lax.top_k(x, x.shape[axis], axis=axis)[0],
             lambda: jnp.fft.fft(x, axis=axis).real / x.shape[axis],
             lambda: (
                 jnp.broadcast_to(jnp.argmax(x, axis, keepdims=True), x.shape).astype(
@@ -566,20 +620,37 @@ def recurrence(draft, x, values):
 
 
 def layers(draft, x, values):
-    """A scan over stacked kernels."""
+    """A scan over stacked kernels, whose channels may be moved in part."""
     if not x.ndim:
         return None
     hidden = draft.choose(WIDTHS)
+    function, move = draft.choose(FUNCTIONS), draft.choose(MOVES)
+    width = jax.eval_shape(move, jax.ShapeDtypeStruct((hidden,), x.dtype)).shape[-1]
     stacked = (
         draft.variable(3, x.shape[-1], hidden),
-        draft.variable(3, hidden, x.shape[-1]),
+        draft.variable(3, width, x.shape[-1]),
     )
+    normed = draft.happens(0.5)
 
     def layer(x, kernels):
         up, down = kernels
-        return x + jnp.tanh(x @ up) @ down, None
+        y = x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-2) if normed else x
+        return x + move(function(y @ up)) @ down, None
 
     return lax.scan(layer, x, stacked)[0]
+
+
+MOVES = [
+    lambda h: h,
+    lambda h: jnp.roll(h, 1, -1),
+    lambda h: jnp.roll(h, h.shape[-1] // 2, -1),
+    lambda h: jnp.concatenate([jnp.cos(h[..., :2]), h[..., 2:]], -1),
+    lambda h: jnp.concatenate([h[..., ::2], h[..., 1::2]], -1),
+    lambda h: h[..., ::-1] * h[..., np.arange(h.shape[-1]) ^ 1],
+    lambda h: h[..., np.array([[0, 1], [2, 3], [0, 3]])].sum(-2),
+    lambda h: jnp.concatenate([jnp.full_like(h[..., :2], 0.5), h], -1),
+    lambda h: h[..., 1:],
+]
 
 
 def condition(draft, x, values):
@@ -641,6 +712,10 @@ SHAPES = [
     expand,
     squeeze,
     take,
+    take_pairs,
+    table,
+    nothing,
+    bits,
     scatter,
     update,
     window,
@@ -649,6 +724,7 @@ SHAPES = [
 ]
 OTHERS = [
     reduce,
+    scale_by_total,
     scale_by_reduction,
     along_axis,
     top_k,

@@ -30,7 +30,7 @@ def cut_in_half(couplings, seed):
     """
     rng = np.random.default_rng(seed)
     removed = {
-        group.name: np.sort(rng.permutation(group.num_units)[: group.num_units // 2])
+        group.name: np.argsort(rng.random(group.shape))[..., : group.num_units // 2]
         for group in couplings.groups
         if group.exact and group.num_units > 1
     }
