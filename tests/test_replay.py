@@ -72,6 +72,13 @@ def test_a_thinned_function_can_be_exported():
     np.testing.assert_allclose(back.call(SMALL, X), network(FULL, X), rtol=1e-9)
 
 
+def test_symbolic_shapes_are_refused():
+    (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 5), jnp.float64)
+    with pytest.raises(ValueError, match=r"symbolic shape \(batch, 5\); export for"):
+        jax.export.export(jax.jit(THIN))(SMALL, x)
+
+
 def test_a_function_inside_remat_and_with_keywords_is_thinned():
     @jax.checkpoint
     def block(params, x):

@@ -43,8 +43,18 @@ def analyse(
     *inputs: PyTree,
     freeze_outputs: bool,
 ) -> Analysis:
-    """Labels a function's values; nothing is computed."""
+    """Labels a function's values; nothing is computed.
+
+    Raises:
+      ValueError: if a size is a symbol, as in an export for any batch.
+    """
     abstract = jax.tree.map(abstract_array, (variables, *inputs))
+    for path, x in zip(*flatten_with_paths(abstract)[:2], strict=True):
+        if not all(isinstance(size, int | np.integer) for size in x.shape):
+            raise ValueError(
+                f"couplings are found index by index, but argument {path} has the "
+                f"symbolic shape {x.shape}; export for known sizes, one at a time"
+            )
     program, out = trace(fn, *abstract)
     paths, arrays, _ = flatten_with_paths(variables)
     flow = Flow()
