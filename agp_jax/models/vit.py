@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from agp_jax.models.layers import Conv, Dense
+from agp_jax.models.layers import Conv, Dense, stored_or_new
+
+_EPSILON = 1e-6
 
 
 class VisionTransformer(nn.Module):
     """Classifies images as sequences of patches, ViT-B/16 by default.
 
-    A cut may take heads, their features and features of the MLPs, in each layer others.
+    A cut may take heads, their features and features of the MLPs, in each layer others,
+    and features of the residual stream, in all layers the same.
 
     Attributes:
       num_classes: how many classes there are.
@@ -53,7 +56,7 @@ class VisionTransformer(nn.Module):
         x = x + self.param("positions", normal, (1, *x.shape[1:])).astype(x.dtype)
         for i in range(self.depth):
             x = _Layer(self.width, self.num_heads, name=f"layer{i}")(x)
-        x = nn.LayerNorm(name="norm")(x)
+        x = _LayerNorm(self.width, name="norm")(x)
         return Dense(self.num_classes, name="head")(x[:, 0])
 
 
@@ -63,9 +66,9 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.LayerNorm(name="norm1")(x)
+        y = _LayerNorm(self.width, name="norm1")(x)
         x = x + _Attention(self.width, self.num_heads, name="attention")(y)
-        y = nn.LayerNorm(name="norm2")(x)
+        y = _LayerNorm(self.width, name="norm2")(x)
         y = nn.gelu(Dense(4 * self.width, name="mlp1")(y), approximate=False)
         return x + Dense(self.width, name="mlp2")(y)
 
@@ -87,3 +90,23 @@ class _Attention(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / head_dim**0.5
         y = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores), value)
         return Dense(self.width, num_axes=2, name="out")(y)
+
+
+class _LayerNorm(nn.Module):
+    """Flax's LayerNorm, also of a stream that has lost features."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        # Sums are divided as before, like those of a stream with zeros.
+        mean = wide.sum(-1, keepdims=True) / self.width
+        square = jnp.square(wide).sum(-1, keepdims=True) / self.width
+        variance = jnp.maximum(square - jnp.square(mean), 0)
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale = stored_or_new(self, "scale", ones, x.shape[-1:])
+        bias = stored_or_new(self, "bias", zeros, x.shape[-1:])
+        one, other = (jnp.expand_dims(p, range(x.ndim - 1)) for p in (scale, bias))
+        y = (wide - mean) * (jax.lax.rsqrt(variance + _EPSILON) * one) + other
+        return y.astype(jnp.result_type(x, scale))
