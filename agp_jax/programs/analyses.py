@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from agp_jax.programs.atoms import FROZEN
@@ -48,25 +47,29 @@ def analyse(
     Raises:
       ValueError: if a size is a symbol, as in an export for any batch.
     """
-    abstract = jax.tree.map(abstract_array, (variables, *inputs))
-    for path, x in zip(*flatten_with_paths(abstract)[:2], strict=True):
+    abstract, *examples = jax.tree.map(abstract_array, (variables, *inputs))
+    paths, arrays, _ = flatten_with_paths(abstract)
+    input_paths, input_arrays, _ = flatten_with_paths(examples)
+    for path, x in zip(
+        [*paths, *(f"input {path}" for path in input_paths)],
+        [*arrays, *input_arrays],
+        strict=True,
+    ):
         if not all(isinstance(size, int | np.integer) for size in x.shape):
             raise ValueError(
-                f"couplings are found index by index, but argument {path} has the "
-                f"symbolic shape {x.shape}; export for known sizes, one at a time"
+                f"couplings are found index by index, but {path} has the symbolic "
+                f"shape {x.shape}; export for known sizes, one at a time"
             )
-    program, out = trace(fn, *abstract)
-    paths, arrays, _ = flatten_with_paths(variables)
+    program, out = trace(fn, abstract, *examples)
     flow = Flow()
     leaves = [
         tuple(
             Axis(flow.fresh(size).atoms, frozenset({(i, k)}), frozenset({i}))
-            for k, size in enumerate(jnp.shape(x))
+            for k, size in enumerate(x.shape)
         )
         for i, x in enumerate(arrays)
     ]
     values = [Value(axes, True, i) for i, axes in enumerate(leaves)]
-    input_paths, _, _ = flatten_with_paths(inputs)
     for variable, path in zip(program.inputs[len(leaves) :], input_paths, strict=True):
         reason = f"input {path}, whose shape is given"
         axes = (flow.fixed_because(size, reason) for size in variable.shape)
