@@ -1,4 +1,7 @@
-"""A pruned model learns from what it was before: the term, the teacher, its life."""
+"""A pruned model learns from what it was before: the term, and who may teach.
+
+The life of a teacher in a run is in test_language.
+"""
 
 import dataclasses
 
@@ -6,10 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from runs import (
-    lstm_config,
-    tiny_config,
-)
+from runs import lstm_config, tiny_config
 
 from agp_jax.training.config import ConfigError, Distill, Optimizer, validate
 from agp_jax.training.distillation import divergence
