@@ -127,14 +127,14 @@ def _removed_part(
     step: int,
 ) -> Fraction:
     """The part of a parameter's cells that its rule has removed."""
-    rows, cells = _count_cells(rule, arrays[path].shape)
+    rows, cells = count_cells(rule, arrays[path].shape)
     if rule.scope == "rule":
         peers = [arrays[p].shape for p, other in rules.items() if other == rule]
-        cells = sum(math.prod(_count_cells(rule, shape)) for shape in peers)
+        cells = sum(math.prod(count_cells(rule, shape)) for shape in peers)
     return Fraction(count_removed(rule, cells, step), cells) if cells else Fraction(0)
 
 
-def _count_cells(rule: Rule, shape: Shape) -> tuple[int, int]:
+def count_cells(rule: Rule, shape: Shape) -> tuple[int, int]:
     """The separately ranked rows of a parameter, and the cells of each."""
     assert rule.structure is not None  # it prunes
     rows, tensor = rule.divide(shape)

@@ -17,10 +17,10 @@ from agp_jax.masks import apply_masks, make_masks
 from agp_jax.models.torch_weights import published_names
 from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
-from agp_jax.structures import num_cells
 from agp_jax.thinning.trees import thin
 from agp_jax.training.config import Config, ConfigError, Distill, last_event
 from agp_jax.training.courses import (
+    count_cells,
     count_nonzero_by_path,
     make_course,
     training_macs,
@@ -283,18 +283,14 @@ def _pair(
                 path=path,
                 published_name=names.get(leaf.path),
                 rules=rules[path],
-                cells=_count_cells(rules[path][0], leaf) if rules[path] else None,
+                cells=math.prod(count_cells(rules[path][0], leaf.shape))
+                if rules[path]
+                else None,
                 before=leaf,
                 after=end[leaf.path],
             )
         )
     return tuple(tensors)
-
-
-def _count_cells(rule: Rule, leaf: LeafCost) -> int:
-    assert rule.structure is not None  # it prunes
-    rows, tensor = rule.divide(leaf.shape)
-    return math.prod(rows) * num_cells(rule.structure, tensor)
 
 
 def _published_names(experiment: Experiment) -> dict[str, str]:
