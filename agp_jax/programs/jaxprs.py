@@ -73,6 +73,11 @@ class Variable:
         """Whether it is known to be one number over and over, or a known number."""
         return _is_number(self.constant)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is known to be 0, everywhere."""
+        return self.is_uniform and bool(self.constant == 0)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from agp_jax.programs.constants import known_picks
-from agp_jax.programs.jaxprs import Variable
 from agp_jax.programs.labels import (
     Axis,
     Flow,
@@ -24,7 +23,7 @@ from agp_jax.programs.labels import (
 
 def _broadcast_in_dim(flow, equation, ins):
     (shape,) = (v.shape for v in equation.outputs)
-    zeros = frozenset() if _is_zero(equation.inputs[0]) else None
+    zeros = frozenset() if equation.inputs[0].is_zero else None
     places = dict(
         zip(equation.params["broadcast_dimensions"], ins[0].axes, strict=True)
     )
@@ -142,7 +141,7 @@ def _part(axis: Axis, indices: slice | np.ndarray) -> Axis:
 
 def _pad(flow, equation, ins):
     """Padding is something of its own that may be removed, too."""
-    zero = _is_zero(equation.inputs[1])
+    zero = equation.inputs[1].is_zero
     config = equation.params["padding_config"]
     padded = any(low or high or inner for low, high, inner in config)
 
@@ -274,11 +273,6 @@ def _dynamic_update_slice(flow, equation, ins):
             flow.freeze(axis, update)
             result.append(Axis(axis.atoms))
     return [result]
-
-
-def _is_zero(variable: Variable) -> bool:
-    """Whether a variable is known to be 0, everywhere."""
-    return variable.is_uniform and bool(variable.constant == 0)
 
 
 MOVES: dict[str, LabelRule] = {

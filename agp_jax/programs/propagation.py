@@ -34,8 +34,7 @@ def value_of(flow: Flow, variable: Variable) -> Value:
     """The labels of a variable; a constant may be cut along any axis."""
     if variable not in flow.values:
         assert variable.constant is not None, variable
-        is_zero = variable.is_uniform and bool(variable.constant == 0)
-        zeros = frozenset() if is_zero else None
+        zeros = frozenset() if variable.is_zero else None
         axes = tuple(flow.fresh(size, zeros) for size in variable.shape)
         flow.values[variable] = Value(axes, is_weight=True)
     return flow.values[variable]
