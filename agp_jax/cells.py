@@ -77,8 +77,6 @@ def stack_first(leaf: Leaf) -> Leaf:
 def stack_back(leaf: Leaf, mask: jax.Array) -> jax.Array:
     """A mask of `stack_first(leaf)` as one of `leaf`."""
     rows, tensor = leaf.rule.axes_of(leaf.weights.shape)
-    if rows == tuple(range(len(rows))):
-        return mask
     return jnp.transpose(mask, np.argsort(rows + tensor).tolist())
 
 
@@ -165,15 +163,19 @@ def weight_scores(leaf: Leaf) -> jax.Array:
         scores = leaf.rule.score(weights, _as_float32(leaf.gradient))
     else:
         scores = leaf.rule.score(weights)
-    if scores.shape != weights.shape:
-        raise ValueError(
-            f"scores for {leaf.path} must have its shape {weights.shape}, got "
-            f"{scores.shape}"
-        )
+    check_scores(leaf.path, scores, weights.shape)
     scores = scores.astype(jnp.float32)
     if not leaf.ranks_magnitudes:
         scores = jnp.where(jnp.isfinite(weights), scores, jnp.inf)
     return scores
+
+
+def check_scores(path: str, scores: jax.Array, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if scores have not the shape of their parameter."""
+    if jnp.shape(scores) != shape:
+        raise ValueError(
+            f"scores for {path} must have its shape {shape}, got {jnp.shape(scores)}"
+        )
 
 
 def _idle_bits(leaf: Leaf) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from agp_jax.boxes import count_nonzero
-from agp_jax.cells import Leaf, enter, mask_of_cells
+from agp_jax.cells import Leaf, check_scores, enter, mask_of_cells
 from agp_jax.contests import hold_contests, keep_n_of_m
 from agp_jax.couplings import Couplings, Group
 from agp_jax.rules import Rule, match_rules
@@ -179,11 +179,8 @@ def _pruned_leaves(
             )
         gradient = gradients.get(path) if rule.scores_gradients else None
         score = scores.get(path)
-        if score is not None and jnp.shape(score) != array.shape:
-            raise ValueError(
-                f"scores for {path} must have its shape {array.shape}, got "
-                f"{jnp.shape(score)}"
-            )
+        if score is not None:
+            check_scores(path, score, array.shape)
         for values in (array, gradient, score):
             if values is not None and (axes := varying_axes(jnp.asarray(values))):
                 raise ValueError(
