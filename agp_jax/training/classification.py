@@ -41,7 +41,7 @@ def make_classification(config: Config) -> Task:
         describe=lambda means: means,
         quality=Quality("accuracy", ".2%", higher_is_better=True),
         load=functools.partial(_load, config),
-        distil=divergence,
+        distill=divergence,
     )
 
 

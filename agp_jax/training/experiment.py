@@ -130,10 +130,10 @@ def set_up(config: Config) -> Experiment:
     inputs = jax.eval_shape(task.inputs, task.example)
     if config.task is not None:
         _check_task(task, predict, variables)
-    if config.distill.weight and task.distil is None:
+    if config.distill.weight and task.distill is None:
         raise ConfigError(
             "config.distill needs a task that says how far outputs are from a "
-            "teacher's: give its `distil`, or set config.distill.weight to 0"
+            "teacher's: give its `distill`, or set config.distill.weight to 0"
         )
     couplings = ranking = None
     try:
@@ -259,8 +259,7 @@ def cost_per_item(
 
 def with_teacher(experiment: Experiment) -> Experiment:
     """The experiment from where on it learns from what it was."""
-    teacher = as_variables(experiment.shapes)
-    return experiment._replace(shapes=experiment.shapes._replace(teacher=teacher))
+    return experiment._replace(shapes=appoint_teacher(experiment.shapes))
 
 
 def appoint_teacher(state: State) -> State:

@@ -42,7 +42,7 @@ def make_language(config: Config) -> Task:
         describe=_describe,
         quality=Quality("perplexity", ".2f", higher_is_better=False),
         load=functools.partial(_load, config, facts),
-        distil=divergence,
+        distill=divergence,
     )
 
 

@@ -41,8 +41,8 @@ def make_train_step(
             outputs, changes = forward(variables, key, *task.inputs(batch))
             sums = task.measure(outputs, batch)
             loss = sums["loss"] / sums["count"]
-            if lesson is not None and task.distil is not None:
-                far = task.distil(outputs, lesson, batch, distill.temperature)
+            if lesson is not None and task.distill is not None:
+                far = task.distill(outputs, lesson, batch, distill.temperature)
                 far = far / sums["count"]
                 loss = (1 - distill.weight) * loss + distill.weight * far
             return loss + penalty(config.lasso, params, state.step), (changes, sums)

@@ -64,7 +64,7 @@ class Task(NamedTuple):
         among it.
       quality: which of that judges the model.
       load: reads the data; a plan needs none of it.
-      distil: how far the model's outputs are from a teacher's: a sum over the items of
+      distill: how far the model's outputs are from a teacher's: a sum over the items of
         a batch, of outputs, the teacher's, the batch and a temperature. None where
         `config.distill` is not used.
     """
@@ -78,4 +78,4 @@ class Task(NamedTuple):
     describe: Callable[[dict[str, float]], dict[str, float]]
     quality: Quality
     load: Callable[[], Splits]
-    distil: Callable[[Any, Any, Batch, float], jax.Array] | None = None
+    distill: Callable[[Any, Any, Batch, float], jax.Array] | None = None
