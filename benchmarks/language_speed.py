@@ -158,9 +158,9 @@ def _time_pruned(name: str, config: Config, rounds: int) -> Iterator[dict[str, A
             (weights, doing): measurements.stopwatch(step, least_seconds=0.1)
             for doing, step in _steps(experiment, state).items()
         }
-    seconds = measurements.in_turn({str(key): x for key, x in steps.items()}, rounds)
+    seconds = measurements.in_turn(steps, rounds)
     for weights, doing in sorted(steps, key=lambda key: key[1], reverse=True):
-        values = seconds[str((weights, doing))]
+        values = seconds[weights, doing]
         median = statistics.median(values)
         yield {
             "model": name,
@@ -168,7 +168,7 @@ def _time_pruned(name: str, config: Config, rounds: int) -> Iterator[dict[str, A
             "weights": weights,
             "ms": 1e3 * median,
             "tokens/s": units.task.num_items / median,
-            "of_dense": _ratio(values, seconds[str(("dense", doing))]),
+            "of_dense": _ratio(values, seconds["dense", doing]),
             "MACs_of_dense": arms[weights][0].cost.macs / dense.cost.macs,
             "seconds": values,
         }

@@ -8,14 +8,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 Row = Mapping[str, Any]
 Measurement = Callable[[], float]
+Name = TypeVar("Name", bound=Hashable)  # of what is measured
 
 
 def stopwatch(
@@ -42,10 +43,10 @@ def stopwatch(
 
 
 def in_turn(
-    measurements: Mapping[str, Measurement], rounds: int
-) -> dict[str, list[float]]:
+    measurements: Mapping[Name, Measurement], rounds: int
+) -> dict[Name, list[float]]:
     """Makes all measurements once in every round, so that none has the quieter time."""
-    seconds: dict[str, list[float]] = {name: [] for name in measurements}
+    seconds: dict[Name, list[float]] = {name: [] for name in measurements}
     for i in range(rounds):
         names = list(measurements)
         for name in names if i % 2 else reversed(names):
@@ -53,7 +54,7 @@ def in_turn(
     return seconds
 
 
-def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def medians(seconds: Mapping[Name, Sequence[float]]) -> dict[Name, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

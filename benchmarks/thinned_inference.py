@@ -126,12 +126,10 @@ def _time_inference(network: Network, rounds: int) -> Iterator[dict[str, Any]]:
         costs[part, round_to] = agp.measure_cost(function, thinned, data)
         run = functools.partial(jax.jit(function), thinned, data)
         runs[part, round_to] = measurements.stopwatch(run)
-    medians = measurements.medians(
-        measurements.in_turn({str(key): run for key, run in runs.items()}, rounds)
-    )
-    dense, whole = medians[str((0.0, 1))], costs[0.0, 1]
+    medians = measurements.medians(measurements.in_turn(runs, rounds))
+    dense, whole = medians[0.0, 1], costs[0.0, 1]
     for key, cost in costs.items():
-        seconds = medians[str(key)]
+        seconds = medians[key]
         yield {
             "network": network.name,
             "units_cut": key[0],
