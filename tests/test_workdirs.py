@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import agp_jax as agp
+from agp_jax.rules import Rule
 from agp_jax.training import workdirs
+from agp_jax.training.config import Config, Prune, default_dict, to_dict
 from agp_jax.training.workdirs import WorkdirError
 
 CONFIG = {"model": "tiny", "prune": {"final_sparsity": 0.9, "rules": ["a", "b"]}}
@@ -62,6 +65,22 @@ def test_a_changed_config_is_refused_field_by_field(tmp_path):
         "ask for the same to resume it, or give a new work directory",
     ]
     assert disk(tmp_path) == before
+
+
+def test_a_field_of_a_later_version_resumes_at_its_default(tmp_path):
+    schedule = agp.one_shot(0.5)
+    rules = [Rule(name, agp.element(), schedule) for name in "ab"]
+    config = to_dict(Config(prune=Prune(rules=tuple(rules))))
+    earlier = json.loads(json.dumps(config))
+    del earlier["distill"]["temperature"]
+    for rule in earlier["prune"]["rules"]:
+        del rule["units"], rule["scope"]
+    workdirs.check_workdir(tmp_path, earlier)
+    assert workdirs.check_workdir(tmp_path, config, default_dict()) is True
+    rules[1] = Rule("b", agp.element(), schedule, scope="rule")
+    other = to_dict(Config(prune=Prune(rules=tuple(rules))))
+    with pytest.raises(WorkdirError, match=r"prune.rules.1.scope: nothing in"):
+        workdirs.check_workdir(tmp_path, other, default_dict())
 
 
 @pytest.mark.parametrize(

@@ -523,7 +523,7 @@ def to_dict(value: Any) -> Any:
             return [to_dict(item) for item in value]
         case bool() | int() | float() | str() | None:
             return value
-    if type(value) in (Config, Data, Model, Optimizer, GroupLasso, Prune):
+    if type(value).__module__ == __name__:
         fields = {
             field.name: getattr(value, field.name)
             for field in dataclasses.fields(value)
@@ -535,6 +535,11 @@ def to_dict(value: Any) -> Any:
             fields["weights"] = os.path.basename(value.weights)
         return to_dict(fields)
     return str(value)
+
+
+def default_dict() -> Any:
+    """`to_dict` of fields that nobody has set, those of a rule among them."""
+    return to_dict(Config(prune=Prune(rules=(Rule(".*"),))))
 
 
 def _check_types(config: Any, prefix: str) -> None:

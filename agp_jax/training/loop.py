@@ -17,7 +17,7 @@ from rich.console import Console
 from agp_jax.costs import Cost
 from agp_jax.thinning.cuts import Cut
 from agp_jax.training import checkpoint, reports
-from agp_jax.training.config import Config, teacher_step, to_dict
+from agp_jax.training.config import Config, default_dict, teacher_step, to_dict
 from agp_jax.training.counts import total_sparsity, total_target
 from agp_jax.training.courses import Course, make_course, training_macs
 from agp_jax.training.evaluation import (
@@ -107,7 +107,7 @@ def run(
         resumes = checkpoint.has_steps(workdir)
         weights = None if resumes else read_weights(experiment)
     check_same([_checksum(config)], "the processes were started with different configs")
-    check_workdir(workdir, to_dict(config), to_dict(Config()))
+    check_workdir(workdir, to_dict(config), default_dict())
     with checkpoint.open_checkpoints(workdir) as manager:
         course = make_course(experiment)
         if resumes:

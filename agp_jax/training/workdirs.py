@@ -38,9 +38,9 @@ def check_workdir(
     A new or empty directory gets a `config.json` with `config`, a nested dict of
     plain JSON values, and the answer is False. A directory that holds the same config
     is left as it is and the answer is True: the run resumes there. Its config may lack
-    fields, as one of an earlier version does, if here they are as in `defaults`. All
-    processes call this; the first one looks and writes, and the others check that they
-    see it.
+    fields, as one of an earlier version does, if here they are as in `defaults`, where
+    the first entry of a list stands for all. All processes call this; the first one
+    looks and writes, and the others check that they see it.
 
     Raises:
       WorkdirError: `workdir` holds another config (with one line per field that
@@ -162,7 +162,7 @@ def _check_same_config(
     new = {
         name: value
         for name, value in _fields(asked).items()
-        if name in old or usual.get(name) != value
+        if name in old or usual.get(_of_the_first(name)) != value
     }
     differences = list_differences(old, new, "in the workdir", "asked")
     if differences:
@@ -171,6 +171,11 @@ def _check_same_config(
             + "\n".join(differences)
             + "\nask for the same to resume it, or give a new work directory"
         )
+
+
+def _of_the_first(name: str) -> str:
+    """The name of the same field of the first entry of a list."""
+    return re.sub(r"\.\d+\b", ".0", name)
 
 
 def _fields(value: Any, name: str = "") -> dict[str, str]:
