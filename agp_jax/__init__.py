@@ -12,6 +12,7 @@ from agp_jax.pruning import PruneState as PruneState
 from agp_jax.pruning import get_masks as get_masks
 from agp_jax.pruning import prune as prune
 from agp_jax.rules import Rule as Rule
+from agp_jax.rules import dense as dense
 from agp_jax.rules import match_rules as match_rules
 from agp_jax.schedules import Schedule as Schedule
 from agp_jax.schedules import one_shot as one_shot
@@ -23,7 +24,7 @@ from agp_jax.structures import channels as channels
 from agp_jax.structures import element as element
 from agp_jax.structures import filters as filters
 from agp_jax.structures import heads as heads
-from agp_jax.structures import n_m as n_m
+from agp_jax.structures import n_of_m as n_of_m
 from agp_jax.thinning.checks import check_cut as check_cut
 from agp_jax.thinning.cuts import Cut as Cut
 from agp_jax.thinning.cuts import plan_cut as plan_cut

@@ -27,7 +27,8 @@ class Rule:
 
     Attributes:
       pattern: a regular expression for the whole path (`re.fullmatch`).
-      structure: how those tensors divide into cells; None keeps them dense.
+      structure: how those tensors divide into cells; None keeps them dense, as
+        `dense` says in a word.
       schedule: when they lose how much.
       score: what makes a cell worth keeping, summed over its weights in float32:
         called with the weights, or with weights and gradients if it takes two
@@ -48,7 +49,7 @@ class Rule:
     """
 
     pattern: str
-    structure: Structure | None = None
+    structure: Structure | None
     schedule: Schedule | None = None
     _: dataclasses.KW_ONLY
     score: Callable[..., jax.Array] = jnp.abs
@@ -154,6 +155,29 @@ class Rule:
 
     def __str__(self) -> str:
         return f"rule {self.pattern!r}"
+
+    def __repr__(self) -> str:
+        if self.structure is None:
+            return f"dense({self.pattern!r})"
+        given = [repr(self.pattern), repr(self.structure)]
+        if self.schedule:
+            given.append(repr(self.schedule))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.kw_only and value != field.default:
+                # A function has a name, which reads better than its address.
+                said = getattr(value, "__name__", repr(value))
+                given.append(f"{field.name}={said}")
+        return f"Rule({', '.join(given)})"
+
+
+def dense(pattern: str) -> Rule:
+    """Keeps the parameters whose path matches `pattern` dense, whatever comes later.
+
+    >>> dense("stem/.*")
+    dense('stem/.*')
+    """
+    return Rule(pattern, None)
 
 
 def _check_expression(what: str, value: Any):

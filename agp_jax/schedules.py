@@ -173,6 +173,16 @@ class Schedule:
             return jnp.float32(self.exact_level(passed))
         return jnp.asarray(self.levels().astype(np.float32))[passed]
 
+    def __repr__(self) -> str:
+        if self == one_shot(self.final_sparsity, step=self.begin_step):
+            return f"one_shot({self.final_sparsity!r}, step={self.begin_step})"
+        given = [repr(self.final_sparsity)]
+        given += [f"{n}={getattr(self, n)!r}" for n in ("begin_step", "end_step")]
+        for name in ("frequency", "initial_sparsity", "power"):
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                given.append(f"{name}={value!r}")
+        return f"polynomial_schedule({', '.join(given)})"
+
     def __str__(self) -> str:
         if self.num_events == 1:
             level = float(self.final_sparsity)

@@ -31,7 +31,7 @@ class Structure:
     keep_n_of_m: tuple[int, int, int | None] | None = None
     axis: int | None = None
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.name
 
 
@@ -52,7 +52,7 @@ def block(shape: Sequence[int]) -> Structure:
     return Structure(f"block({sizes})", lambda _: sizes)
 
 
-def n_m(n: int, m: int, axis: int | None = None) -> Structure:
+def n_of_m(n: int, m: int, axis: int | None = None) -> Structure:
     """Keeps n of every m neighbours along `axis`, by default the input features.
 
     Those are the axis before the last in kernels of products (in, out) and of
@@ -66,10 +66,10 @@ def n_m(n: int, m: int, axis: int | None = None) -> Structure:
     n, m = _whole("n", n), _whole("m", m)
     axis = None if axis is None else _whole("axis", axis)
     if not 1 <= n <= m:
-        raise ValueError(f"n_m keeps n of m with 1 <= n <= m, got n={n}, m={m}")
+        raise ValueError(f"n_of_m keeps n of m with 1 <= n <= m, got n={n}, m={m}")
     along = "" if axis is None else f", axis={axis}"
     return Structure(
-        f"n_m({n}, {m}{along})", lambda shape: (1,) * len(shape), (n, m, axis)
+        f"n_of_m({n}, {m}{along})", lambda shape: (1,) * len(shape), (n, m, axis)
     )
 
 
@@ -137,7 +137,7 @@ def axis_of_groups(structure: Structure, shape: Shape) -> int:
     if axis is None and len(shape) == 3:
         raise ValueError(
             f"which axis of shape {shape} is that of the input features? Use "
-            f"n_m({n}, {m}, axis=0) for (in, heads, features of a head), axis=1 for "
+            f"n_of_m({n}, {m}, axis=0) for (in, heads, features of a head), axis=1 for "
             f"(heads, features of a head, out) or (width, in, out); if the first axis "
             f"is that of stacked layers, set stacked_axes=1"
         )

@@ -156,7 +156,7 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
         and (named is None or re.fullmatch(named, group.name))
     ]
     subject = f"{leaf.rule} prunes {leaf.path} by {leaf.structure}, but"
-    advice = f"put a rule without structure before it that keeps {leaf.path} dense"
+    advice = f"put agp.dense({leaf.path!r}) before it"
     if not here:
         which = "such parts" if named is None else f"units named {named!r}"
         fixed = couplings.frozen.get((leaf.path, axis), ())

@@ -57,7 +57,7 @@ _COLUMNS = {
 _STRUCTURES = {
     "element": (agp.element(), False),
     "element, packed": (agp.element(), True),
-    "2:4": (agp.n_m(2, 4), False),
+    "2:4": (agp.n_of_m(2, 4), False),
 }
 
 

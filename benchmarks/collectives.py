@@ -42,7 +42,7 @@ _STRUCTURES = {
     "packed": agp.element(),  # with masks of one bit per weight
     "block": agp.block((8, 1)),
     "filters": agp.filters(),
-    "n_m": agp.n_m(2, 4),
+    "n_of_m": agp.n_of_m(2, 4),
     "global": agp.element(),  # three tensors ranked together
     "stacked": agp.element(),  # four tensors in one array, each ranked by itself
 }
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     jax.config.update("jax_num_cpu_devices", math.prod(_MESH_SHAPE))
     size = (64, 128) if options.small else (4096, 11008)
-    structures = ["element", "n_m"] if options.small else list(_STRUCTURES)
+    structures = ["element", "n_of_m"] if options.small else list(_STRUCTURES)
     shardings = ["both"] if options.small else list(_SHARDINGS)
     by_structure = [
         _row(name, _num_tensors(name), size, sharding, mesh, options.tpu)

@@ -17,7 +17,7 @@ def get_config() -> Config:
     config = digits_resnet20_element_90.get_config()
     config.prune.final_sparsity = 0.5
     config.prune.rules = (
-        agp.Rule("head/kernel"),
+        agp.dense("head/kernel"),
         agp.Rule(".*/kernel", agp.filters()),
     )
     config.prune.coupled = True

@@ -19,5 +19,5 @@ from configs import pydoc
 def get_config() -> Config:
     return pydoc.decoder(
         final_sparsity=0.5,
-        rules=(agp.Rule("blocks/.*/kernel", agp.n_m(2, 4), stacked_axes=1),),
+        rules=(agp.Rule("blocks/.*/kernel", agp.n_of_m(2, 4), stacked_axes=1),),
     )

@@ -26,7 +26,7 @@ def get_config() -> Config:
         epochs=120,
         optimizer=distiller.exponential(0.005, 0.95, start=40, end=100),
         rules=(
-            agp.Rule("conv/kernel"),
+            agp.dense("conv/kernel"),
             distiller.pruner("head/kernel", agp.element(), (0.05, 0.80), (1, 35, 1)),
             distiller.pruner(".*/kernel", agp.element(), (0.05, 0.85), (0, 35, 1)),
         ),

@@ -25,7 +25,7 @@ def get_config() -> Config:
     return distiller.resnet50_filters(
         rules=(
             # All but the first layers of two blocks and one second layer.
-            agp.Rule("stage[23]/block0/conv1/kernel|stage2/block1/conv2/kernel"),
+            agp.dense("stage[23]/block0/conv1/kernel|stage2/block1/conv2/kernel"),
             INNER_CONVOLUTIONS,
         ),
         published=Published(

@@ -35,7 +35,7 @@ def get_config() -> Config:
             cooldown=3,
         ),
         rules=(
-            agp.Rule("conv/kernel"),
+            agp.dense("conv/kernel"),
             distiller.pruner(".*/kernel", agp.element(), (0.01, 0.75), (1, 80, 1)),
         ),
         published=Published(

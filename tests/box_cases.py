@@ -25,7 +25,7 @@ BOXES = {
     "one head": (agp.heads(1), (5, 12), (5, 12)),
     "heads in the middle": (agp.heads(2, axis=1), (5, 4, 3), (5, 2, 3)),
     "heads of projections": (agp.heads(4, axis=-2), (5, 4, 3), (5, 1, 3)),
-    "n:m": (agp.n_m(2, 4), (8, 3), (1, 1)),
+    "n:m": (agp.n_of_m(2, 4), (8, 3), (1, 1)),
 }
 
 

@@ -41,7 +41,7 @@ def cut_config(data_dir, **changes):
     config = tiny_config(data_dir, **changes)
     config.prune.final_sparsity = 0.5
     config.prune.rules = (
-        agp.Rule("head/kernel"),
+        agp.dense("head/kernel"),
         agp.Rule(".*/kernel", agp.filters()),
     )
     config.prune.coupled = True

@@ -15,7 +15,7 @@ STRUCTURES = {
     "element": dict(structure=agp.element()),
     "block": dict(structure=agp.block((8, 1))),
     "filters": dict(structure=agp.filters()),
-    "n_m": dict(structure=agp.n_m(2, 4)),
+    "n_of_m": dict(structure=agp.n_of_m(2, 4)),
     "global": dict(structure=agp.element(), scope="rule"),
     "stacked": dict(structure=agp.element(), stacked_axes=1),
 }
@@ -34,7 +34,7 @@ def compiled_step(kind, spec, axis_type, num_leaves=2, packed=False):
     options = STRUCTURES[kind]
     stacked = options.get("stacked_axes", 0)
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
-    end = 0.5 if kind == "n_m" else 0.9
+    end = 0.5 if kind == "n_of_m" else 0.9
     schedule = agp.polynomial_schedule(end, begin_step=0, end_step=100, frequency=10)
     tx = agp.prune(
         optax.sgd(0.1, momentum=0.9),

@@ -28,7 +28,7 @@ def good_config(**changes):
             begin_step=0,
             end_step=50,
             frequency=10,
-            rules=(agp.Rule("head/kernel"), agp.Rule(".*/kernel", agp.element())),
+            rules=(agp.dense("head/kernel"), agp.Rule(".*/kernel", agp.element())),
         ),
     )
     return dataclasses.replace(config, **changes)
@@ -81,7 +81,7 @@ def test_a_good_config_passes_with_the_rules_of_its_run():
         ("prune.frequency", 60, "frequency must be between 1 and .* 50"),
         ("prune.begin_step", 60, "begin_step=60, end_step=50"),
         ("prune.rules", (), "prune nothing"),
-        ("prune.rules", (agp.Rule("head/kernel"),), "prune nothing"),
+        ("prune.rules", (agp.dense("head/kernel"),), "prune nothing"),
         ("prune.rules", ("kernel",), "must be agp.Rules, got 'kernel'"),
         ("prune", None, "config.prune must be of type Prune"),
     ],
@@ -100,7 +100,7 @@ def test_rules_without_a_schedule_take_the_shared_one():
     own = agp.one_shot(0.5, step=7)
     config = good_config()
     config.prune.rules = (
-        agp.Rule("a"),
+        agp.dense("a"),
         agp.Rule("b", agp.filters(), own),
         agp.Rule("c", agp.element()),
     )

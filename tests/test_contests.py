@@ -264,9 +264,9 @@ def test_layers_may_be_stacked_along_any_axes(where, masked):
     front = tuple(range(len(where)))
     rows = (4, 3)[: len(where)]
     params = {k: whole_numbers(i, (*rows, 5, 6)) for i, k in enumerate(STACKED)}
-    params["n_m"] = whole_numbers(9, (*rows, 8, 5))
+    params["n_of_m"] = whole_numbers(9, (*rows, 8, 5))
     scores = {k: np.float32(3) - np.abs(x) for k, x in params.items()}
-    made = {"n_m": (agp.n_m(1, 4), None), **STACKED}
+    made = {"n_of_m": (agp.n_of_m(1, 4), None), **STACKED}
     schedule = agp.one_shot(0.75)
     results = {}
     for stacked in front, where:
@@ -292,7 +292,9 @@ def test_n_of_m_in_a_stack_counts_its_axis_within_the_slice():
     half = agp.one_shot(0.5)
     kept = {}
     for axis in (0, -2):
-        made = rule(structure=agp.n_m(2, 4, axis=axis), schedule=half, stacked_axes=2)
+        made = rule(
+            structure=agp.n_of_m(2, 4, axis=axis), schedule=half, stacked_axes=2
+        )
         kept[axis] = np.asarray(masker(made)({"w": weights}, 0)["w"])
     np.testing.assert_array_equal(kept[0], kept[-2])
     assert (kept[0].reshape(2, 3, 2, 4, 5).sum(3) == 2).all()
@@ -345,7 +347,9 @@ def test_what_is_masked_may_be_nan(bad):
     )
 
 
-@pytest.mark.parametrize("structure", [agp.filters(), agp.n_m(2, 4, axis=1)], ids=str)
+@pytest.mark.parametrize(
+    "structure", [agp.filters(), agp.n_of_m(2, 4, axis=1)], ids=str
+)
 @pytest.mark.parametrize("bad", BAD)
 def test_structures_hold_and_stacked_slices_hold_by_themselves(structure, bad):
     weights = np.stack([normal(i, (4, 8)) * np.float32(1e4) for i in range(3)])

@@ -337,7 +337,7 @@ def test_rules_prune_heads_and_channels_of_each_layer():
     rules = [
         agp.Rule(".*/(key|value)/kernel", agp.heads(KV_HEADS), half, stacked_axes=1),
         agp.Rule(".*/(gate|up)/kernel", agp.filters(), half, stacked_axes=1),
-        agp.Rule(".*"),
+        agp.dense(".*"),
     ]
     tx = agp.prune(optax.sgd(0.1), rules, couplings=couplings.subtree("params"))
     masks = agp.get_masks(jax.jit(tx.init)(params))
@@ -352,7 +352,7 @@ def test_rules_prune_heads_and_channels_of_each_layer():
 def test_rules_keep_n_of_m_of_each_layer():
     _, variables = make()
     kernel = variables["params"]["blocks"]["mlp"]["gate"]["kernel"]
-    rule = agp.Rule("gate", agp.n_m(2, 4), agp.one_shot(0.5), stacked_axes=1)
+    rule = agp.Rule("gate", agp.n_of_m(2, 4), agp.one_shot(0.5), stacked_axes=1)
     mask = np.asarray(agp.make_masks({"gate": kernel}, [rule], 0)["gate"])
     groups = mask.reshape(DEPTH, WIDTH // 4, 4, HIDDEN)
     assert (groups.sum(axis=2) == 2).all()

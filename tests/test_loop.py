@@ -346,7 +346,7 @@ def test_rules_take_turns_at_the_cut(digits_dir, tmp_path):
     with pytest.raises(ConfigError, match="an earlier rule takes"):
         set_up(config)  # what filters leave must be said before them, or it is a slip
     config.prune.rules = (
-        agp.Rule("head/kernel"),
+        agp.dense("head/kernel"),
         agp.Rule("hidden.*/kernel", agp.filters()),
         agp.Rule("hidden1/.*", agp.element(), later),
     )

@@ -348,7 +348,7 @@ def test_a_rule_for_filters_prunes_and_cuts_units():
     predict = functools.partial(model.apply, train=False)
     couplings = agp.find_couplings(predict, variables, tokens, NO_STARTS)
     rule = agp.Rule("layer0/.*/kernel", agp.filters(), agp.one_shot(0.5))
-    rules = [rule, agp.Rule(".*")]
+    rules = [rule, agp.dense(".*")]
     tx = agp.prune(optax.sgd(0.1), rules, couplings=couplings.subtree("params"))
     state = jax.jit(tx.init)(params)
     cut = agp.plan_cut({"params": agp.get_masks(state)}, couplings)

@@ -232,7 +232,7 @@ def test_masks_stand_where_rules_prune_and_nodes_without_leaves_elsewhere():
         "step": jnp.int32(3),
         "head": {"kernel": jnp.ones((4, 2)), "bias": None},
     }
-    rules = [agp.Rule("head/.*"), rule("conv/0"), rule("conv/1", agp.filters())]
+    rules = [agp.dense("head/.*"), rule("conv/0"), rule("conv/1", agp.filters())]
     for make in (masker(*rules), lambda *args: agp.make_masks(params, rules, 0)):
         masks = make(params, 12)
         assert masks["step"] == masks["head"]["kernel"] == MASKED
@@ -244,7 +244,7 @@ def test_masks_stand_where_rules_prune_and_nodes_without_leaves_elsewhere():
 
 def test_traced_and_int_steps_agree_at_every_step():
     params = {"w": normal(0, TENSOR), "v": normal(1, (8, 3))}
-    rules = rule("w", schedule=CURVE), rule("v", agp.n_m(1, 4))
+    rules = rule("w", schedule=CURVE), rule("v", agp.n_of_m(1, 4))
     static = jax.jit(agp.make_masks, static_argnums=(1, 2))
     traced = masker(*rules)
     for step in (0, 2, 3, 6, 7, 12, 23, 100):

@@ -241,7 +241,7 @@ SHARDED = {
     "block": ((16, 32), P("x", "y"), agp.block((2, 4)), {}),
     "filters": ((3, 8, 32), P(None, "y", "x"), agp.filters(), {}),
     "channels": ((16, 64), P(("x", "y"), None), agp.channels(), {}),
-    "groups": ((16, 32), P("x", "y"), agp.n_m(2, 4), {}),
+    "groups": ((16, 32), P("x", "y"), agp.n_of_m(2, 4), {}),
     "stack": ((4, 8, 16), P(None, "x", "y"), agp.block((1, 4)), {"stacked_axes": 1}),
     "rule/a": ((32, 16), P("x", "y"), agp.element(), {}),
     "rule/b": ((64,), P("y"), agp.element(), {}),
@@ -250,7 +250,7 @@ SHARDED = {
 SPREAD_STACKS = {  # as layers under scan whose first axis is spread over devices
     "element": ((4, 8, 16), P("x", None, "y"), agp.element(), {"stacked_axes": 1}),
     "filters": ((4, 8, 16), P("x", "y", None), agp.filters(), {"stacked_axes": 1}),
-    "groups": ((4, 8, 16), P("x", None, "y"), agp.n_m(2, 4), {"stacked_axes": 1}),
+    "groups": ((4, 8, 16), P("x", None, "y"), agp.n_of_m(2, 4), {"stacked_axes": 1}),
 }
 
 

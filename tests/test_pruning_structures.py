@@ -41,14 +41,14 @@ CASES = {
     "channels": Case(agp.channels(), (9, 5), lambda i, j: i, power=2),
     "heads": Case(agp.heads(5), (4, 10), lambda i, j: j // 2),
     "2 of 4": Case(
-        agp.n_m(2, 4),
+        agp.n_of_m(2, 4),
         (8, 3),
         lambda i, j: i % 4,
         lambda i, j: i // 4 * 3 + j,
         sparsity=0.5,
     ),
     "1 of 3": Case(
-        agp.n_m(1, 3, axis=-1),
+        agp.n_of_m(1, 3, axis=-1),
         (4, 6),
         lambda i, j: j % 3,
         lambda i, j: i * 2 + j // 3,

@@ -51,7 +51,7 @@ def test_a_pattern_matches_the_whole_path():
 
 def test_the_first_match_wins_and_none_keeps_dense():
     params = arrays("stem/kernel", "body/0/kernel", "body/1/kernel", "body/1/bias")
-    rules = [agp.Rule("stem/.*"), rule("body/0/kernel"), rule(".*/kernel")]
+    rules = [agp.dense("stem/.*"), rule("body/0/kernel"), rule(".*/kernel")]
     assert patterns(rules, params) == {
         "body/0/kernel": "body/0/kernel",
         "body/1/kernel": ".*/kernel",
@@ -143,7 +143,7 @@ NETS = {
 @pytest.mark.parametrize("abstract", [False, True])
 def test_a_rule_means_the_same_in_every_framework(make, abstract):
     params = jax.eval_shape(make) if abstract else make()
-    rules = [agp.Rule("first/.*"), rule(".*/kernel", agp.filters())]
+    rules = [agp.dense("first/.*"), rule(".*/kernel", agp.filters())]
     assert patterns(rules, params) == {"last/kernel": ".*/kernel"}
     tree = agp.match_rules(rules, params)
     is_end = lambda x: x is None or isinstance(x, agp.Rule)  # noqa: E731
@@ -177,7 +177,7 @@ def test_of_many_paths_only_the_nearest_are_named_nearest_first():
 
 def test_a_dense_rule_that_matches_nothing_is_an_error_too():
     with pytest.raises(ValueError, match=r"'stem' matches no parameter; nearest: a"):
-        agp.match_rules([agp.Rule("stem"), rule("a")], arrays("a"))
+        agp.match_rules([agp.dense("stem"), rule("a")], arrays("a"))
 
 
 def test_a_path_that_two_parameters_share_is_an_error():
@@ -198,7 +198,7 @@ def test_a_rule_that_earlier_ones_leave_nothing_is_an_error():
     with pytest.raises(ValueError, match="no effect"):
         agp.match_rules([rule(".*"), rule(".*")], params)
     with pytest.raises(ValueError, match="no effect.*rule 'a.*'"):
-        agp.match_rules([agp.Rule("a.*"), rule("b.*"), agp.Rule(".*/kernel")], params)
+        agp.match_rules([agp.dense("a.*"), rule("b.*"), agp.dense(".*/kernel")], params)
 
 
 def test_a_rule_that_matches_no_floats_is_an_error_that_names_them():
@@ -226,7 +226,7 @@ def test_what_was_taken_is_named_with_the_rule_that_took_it():
         (dict(pattern=re.compile("kernel")), "kernel"),
         (dict(structure="filters"), "rule 'kernel'.*structure.*'filters'"),
         (dict(structure=agp.element), "structure.*function element"),
-        (dict(structure=HALF), "structure.*Schedule"),
+        (dict(structure=HALF), "structure.*one_shot"),
         (dict(schedule=0.8), "rule 'kernel'.*schedule.*0.8"),
         (dict(schedule=lambda step: 0.8), "schedule.*function"),
         (dict(structure=None), "schedule but no structure"),
@@ -269,7 +269,7 @@ def test_what_is_no_list_of_rules_is_an_error(rules, named):
         (rule("w", agp.block((8, 1))), r"rule 'w'.*w.*block\(\(8, 1\)\).*\(6, 4\)"),
         (rule("w", agp.filters(axis=2)), r"rule 'w'.*w: axis 2.*\(6, 4\)"),
         (rule("w", agp.heads(5)), r"rule 'w'.*w: .*\(6, 4\).*5"),
-        (rule("w", agp.n_m(2, 4)), r"rule 'w'.*w: n_m\(2, 4.*\(6, 4\).*6.*4"),
+        (rule("w", agp.n_of_m(2, 4)), r"rule 'w'.*w: n_of_m\(2, 4.*\(6, 4\).*6.*4"),
         (rule("w", stacked_axes=3), r"rule 'w' stacks 3.*w.*\(6, 4\)"),
         (rule("w", stacked_axes=(0, 2)), r"rule 'w' stacks axes \(0, 2\).*w.*\(6, 4\)"),
         (rule("w", stacked_axes=(1, -1)), r"stacks axes \(1, -1\).*w.*\(6, 4\)"),
@@ -284,7 +284,7 @@ def test_a_structure_that_does_not_fit_names_rule_path_and_shape(made, named):
 
 def test_structures_apply_to_the_slice_behind_the_stacked_axes():
     params = arrays("w", shape=(3, 5, 8, 4))
-    for structure in (agp.block((8, 2)), agp.n_m(2, 4), agp.filters(axis=1)):
+    for structure in (agp.block((8, 2)), agp.n_of_m(2, 4), agp.filters(axis=1)):
         assert patterns([rule("w", structure, stacked_axes=2)], params)
     with pytest.raises(ValueError, match="axis 2"):
         agp.match_rules([rule("w", agp.filters(axis=2), stacked_axes=2)], params)
@@ -292,27 +292,27 @@ def test_structures_apply_to_the_slice_behind_the_stacked_axes():
 
 @pytest.mark.parametrize("final", [0.0, 0.49, 0.75, 0.9])
 def test_a_schedule_that_does_not_end_at_n_of_m_is_an_error(final):
-    with pytest.raises(ValueError, match="rule 'w'.*n_m.*0.5.*final_sparsity"):
-        rule("w", agp.n_m(2, 4), agp.one_shot(final))
+    with pytest.raises(ValueError, match="rule 'w'.*n_of_m.*0.5.*final_sparsity"):
+        rule("w", agp.n_of_m(2, 4), agp.one_shot(final))
 
 
 @pytest.mark.parametrize("m", [*range(1, 17), 32, 64])
 def test_a_schedule_may_end_at_any_n_of_m(m):
     for n in range(1, m + 1):
         schedule = agp.one_shot((m - n) / m)
-        assert rule("w", agp.n_m(n, m), schedule).schedule is schedule
+        assert rule("w", agp.n_of_m(n, m), schedule).schedule is schedule
 
 
 def test_a_rounded_final_sparsity_is_refused_with_the_digits_that_tell_them_apart():
     with pytest.raises(ValueError) as error:
-        rule("w", agp.n_m(2, 3), agp.one_shot(0.3333))
+        rule("w", agp.n_of_m(2, 3), agp.one_shot(0.3333))
     wanted, given = re.findall(r"0\.3+\d*", str(error.value))[:2]
     assert wanted != given
 
 
 def test_n_of_m_cannot_be_ranked_over_a_whole_rule():
-    with pytest.raises(ValueError, match="rule 'w'.*n_m.*scope must be 'tensor'"):
-        rule("w", agp.n_m(2, 4), scope="rule")
+    with pytest.raises(ValueError, match="rule 'w'.*n_of_m.*scope must be 'tensor'"):
+        rule("w", agp.n_of_m(2, 4), scope="rule")
 
 
 def test_a_tensor_of_too_many_cells_is_told_of_stacked_axes():
@@ -373,3 +373,33 @@ def test_cells_beyond_exact_sums_are_an_error():
     with pytest.raises(ValueError, match="268435456, up to which sums are exact"):
         agp.match_rules([rule("w", agp.block((2**15, 2**14, 1)))], params)
     assert patterns([rule("w", agp.block((2**14, 2**14, 1)))], params)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        agp.dense("stem/.*"),
+        agp.Rule("a", agp.filters(), agp.one_shot(0.5, step=3)),
+        agp.Rule(
+            "b",
+            agp.block((1, 8)),
+            agp.polynomial_schedule(
+                0.8, begin_step=1, end_step=9, frequency=4, initial_sparsity=0.1
+            ),
+            scope="rule",
+            stacked_axes=(1,),
+        ),
+        agp.Rule("c", agp.n_of_m(2, 4, axis=0)),
+        agp.polynomial_schedule(0.75, begin_step=0, end_step=4, power=1.0),
+    ],
+    ids=repr,
+)
+def test_what_is_printed_makes_the_same_again(made):
+    assert eval(repr(made), vars(agp)) == made
+    assert len(repr(made)) < 160
+
+
+def test_a_rule_names_its_score():
+    assert repr(agp.Rule("a", agp.element(), score=jnp.square)).endswith(
+        "score=square)"
+    )

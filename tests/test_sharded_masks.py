@@ -30,7 +30,7 @@ def mesh_of(kind):
 
 EVERY_STRUCTURE = {
     "element": agp.element(),
-    "n_m": agp.n_m(1, 4),
+    "n_of_m": agp.n_of_m(1, 4),
     "filters": agp.filters(),
     "channels": agp.channels(),
     "heads": agp.heads(4),
@@ -101,8 +101,8 @@ SPANNING = {  # structure, shape and sharding: cells or groups cross the devices
     "block": (agp.block((32, 1)), (64, 8), P("x", None)),
     "square": (agp.block((8, 8)), (16, 16), P("x", "y")),
     "heads": (agp.heads(2), (6, 16), P(None, "x")),
-    "n_m_last": (agp.n_m(1, 4, axis=-1), (6, 8), P(None, "x")),
-    "n_m_first": (agp.n_m(1, 4), (12, 8), P("x", "y")),
+    "n_m_last": (agp.n_of_m(1, 4, axis=-1), (6, 8), P(None, "x")),
+    "n_m_first": (agp.n_of_m(1, 4), (12, 8), P("x", "y")),
 }
 
 
@@ -125,7 +125,7 @@ def test_cells_may_lie_on_several_devices(kind, name):
     np.testing.assert_array_equal(spanning_masks(kind)[name], spanning_masks()[name])
 
 
-STACKS = {"a": agp.element(), "b": agp.filters(), "c": agp.n_m(1, 4)}
+STACKS = {"a": agp.element(), "b": agp.filters(), "c": agp.n_of_m(1, 4)}
 STACK_RULES = [
     *(rule(name, structure, stacked_axes=1) for name, structure in STACKS.items()),
     rule("flat"),

@@ -84,7 +84,7 @@ def prune_all(dtype):
         if not structure.keep_n_of_m
     }
     tensors |= {
-        name: (shape, agp.n_m(n, m, axis=axis), 1 - n / m)
+        name: (shape, agp.n_of_m(n, m, axis=axis), 1 - n / m)
         for name, (n, m, axis, shape) in N_OF_M.items()
     }
     rules = [
@@ -207,7 +207,7 @@ def test_a_partly_masked_cell_is_ranked_by_what_is_left_of_it():
 
 
 def test_two_of_four_go_one_after_the_other():
-    make = prune_by(agp.n_m(2, 4, axis=-1), 0.5)
+    make = prune_by(agp.n_of_m(2, 4, axis=-1), 0.5)
     weights = np.array([[1, 2, 3, 4, 5, 5, 5, 5]], np.float32)
     mask = np.ones((1, 8), bool)
     for expected in ([1] * 8, [0, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 0, 0]):
@@ -227,10 +227,14 @@ def test_two_of_four_go_one_after_the_other():
         (agp.channels(), (5,), r"-2.*\(5,\)"),
         (agp.heads(3), (5, 8), r"1.*\(5, 8\).*3"),
         (agp.heads(9, axis=1), (5, 8), r"1.*\(5, 8\).*9"),
-        (agp.n_m(2, 4), (6, 8), r"n_m\(2, 4\) .*\(6, 8\): axis 0 has 6 .*4"),
-        (agp.n_m(2, 4), (8, 4, 4), r"\(8, 4, 4\).*n_m\(2, 4, axis=0\) for \(in, heads"),
-        (agp.n_m(2, 4), (8,), r"-2.*\(8,\)"),
-        (agp.n_m(2, 4, axis=2), (8, 8), r"2.*\(8, 8\)"),
+        (agp.n_of_m(2, 4), (6, 8), r"n_of_m\(2, 4\) .*\(6, 8\): axis 0 has 6 .*4"),
+        (
+            agp.n_of_m(2, 4),
+            (8, 4, 4),
+            r"\(8, 4, 4\).*n_of_m\(2, 4, axis=0\) for \(in, heads",
+        ),
+        (agp.n_of_m(2, 4), (8,), r"-2.*\(8,\)"),
+        (agp.n_of_m(2, 4, axis=2), (8, 8), r"2.*\(8, 8\)"),
     ],
     ids=str,
 )
@@ -242,9 +246,9 @@ def test_boxes_that_do_not_fit_are_an_error(structure, shape, named):
 @pytest.mark.parametrize(
     "make, named",
     [
-        (lambda: agp.n_m(5, 4), "n=5, m=4"),
-        (lambda: agp.n_m(0, 4), "n=0"),
-        (lambda: agp.n_m(-1, 4), "n=-1"),
+        (lambda: agp.n_of_m(5, 4), "n=5, m=4"),
+        (lambda: agp.n_of_m(0, 4), "n=0"),
+        (lambda: agp.n_of_m(-1, 4), "n=-1"),
         (lambda: agp.heads(0), "0"),
         (lambda: agp.heads(-2), "-2"),
         (lambda: agp.block(()), r"\(\)"),
@@ -276,9 +280,9 @@ def test_structures_are_values_with_names():
     assert agp.block([2, 3]) == agp.block((2, 3))
     assert hash(agp.filters()) == hash(agp.filters(axis=-1))
     assert agp.filters() != agp.filters(axis=0)
-    assert agp.n_m(2, 4) != agp.n_m(1, 4)
-    names = ["element()", "block((2, 3))", "n_m(2, 4)", "filters(axis=-1)"]
-    made = [agp.element(), agp.block((2, 3)), agp.n_m(2, 4), agp.filters()]
+    assert agp.n_of_m(2, 4) != agp.n_of_m(1, 4)
+    names = ["element()", "block((2, 3))", "n_of_m(2, 4)", "filters(axis=-1)"]
+    made = [agp.element(), agp.block((2, 3)), agp.n_of_m(2, 4), agp.filters()]
     assert [str(structure) for structure in made] == names
     for structure in made:
         assert eval(f"agp.{structure}") == structure

@@ -419,7 +419,7 @@ def normalised(params, x):
 @pytest.mark.parametrize(
     "rules, message",
     [
-        ([filters("head/kernel")], "'head/kernel' prunes head/kernel.*keeps head/ker"),
+        ([filters("head/kernel")], "'head/kernel' prunes head/kernel.*dense..head/ker"),
         (
             [filters("embed/kernel"), filters("down/kernel", LINE)],
             "'down/kernel' and rule 'embed/kernel' both prune the units of down/kern",

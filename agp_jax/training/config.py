@@ -15,7 +15,7 @@ from agp_jax.data.augmentations import AUGMENTATIONS
 from agp_jax.data.corpora import CORPORA, corpus_facts
 from agp_jax.data.text import steps_per_epoch
 from agp_jax.models import LANGUAGE_MODELS, MODELS
-from agp_jax.rules import Rule
+from agp_jax.rules import Rule, dense
 from agp_jax.schedules import Schedule, polynomial_schedule, schedule_within
 from agp_jax.training.published import Published
 from agp_jax.training.tasks import Task
@@ -539,7 +539,7 @@ def to_dict(value: Any) -> Any:
 
 def default_dict() -> Any:
     """`to_dict` of fields that nobody has set, those of a rule among them."""
-    return to_dict(Config(prune=Prune(rules=(Rule(".*"),))))
+    return to_dict(Config(prune=Prune(rules=(dense(".*"),))))
 
 
 def _check_types(config: Any, prefix: str) -> None:
