@@ -1,33 +1,88 @@
-"""Automated Gradual Pruning for JAX: schedules, masks and an optax wrapper."""
+"""Automated Gradual Pruning for JAX: neural networks become smaller while they train.
 
-from agp_jax.costs import Cost as Cost
-from agp_jax.costs import measure_cost as measure_cost
-from agp_jax.couplings import Couplings as Couplings
-from agp_jax.masks import apply_masks as apply_masks
-from agp_jax.masks import fingerprint as fingerprint
-from agp_jax.masks import make_masks as make_masks
-from agp_jax.masks import sparsity as sparsity
-from agp_jax.programs.grouping import find_couplings as find_couplings
-from agp_jax.pruning import PruneState as PruneState
-from agp_jax.pruning import get_masks as get_masks
-from agp_jax.pruning import prune as prune
-from agp_jax.rules import Rule as Rule
-from agp_jax.rules import dense as dense
-from agp_jax.rules import match_rules as match_rules
-from agp_jax.schedules import Schedule as Schedule
-from agp_jax.schedules import one_shot as one_shot
-from agp_jax.schedules import polynomial_schedule as polynomial_schedule
-from agp_jax.schedules import schedule_within as schedule_within
-from agp_jax.structures import Structure as Structure
-from agp_jax.structures import block as block
-from agp_jax.structures import channels as channels
-from agp_jax.structures import element as element
-from agp_jax.structures import filters as filters
-from agp_jax.structures import heads as heads
-from agp_jax.structures import n_of_m as n_of_m
-from agp_jax.thinning.checks import check_cut as check_cut
-from agp_jax.thinning.cuts import Cut as Cut
-from agp_jax.thinning.cuts import plan_cut as plan_cut
-from agp_jax.thinning.replay import thin_function as thin_function
-from agp_jax.thinning.states import thin_opt_state as thin_opt_state
-from agp_jax.thinning.trees import thin as thin
+Prune: wrap any optax optimizer, and train as before (arXiv:1710.01878).
+
+    curve = agp.polynomial_schedule(0.8, begin_step=0, end_step=40_000, frequency=400)
+    rules = [agp.dense("stem/.*"), agp.Rule(".*/kernel", agp.element(), curve)]
+    tx = agp.prune(optax.adam(1e-3), rules)
+
+Thin: with `agp.filters()` or `agp.heads(8)` in a rule, and `couplings=` in `prune`,
+
+    couplings = agp.find_couplings(predict, params, x)
+    cut = agp.plan_cut(agp.get_masks(opt_state), couplings)
+    smaller = agp.thin(params, cut)
+    predict_smaller = agp.thin_function(predict, params, cut)
+
+Measure: `print(agp.measure_cost(predict_smaller, smaller, x).table())`.
+
+Schedules: `polynomial_schedule`, `one_shot`, `schedule_within`, of type `Schedule`.
+Structures: `element`, `block`, `n_of_m`, `filters`, `channels`, `heads`, of type
+`Structure`.
+Rules: `Rule`, `dense`, `match_rules`.
+Optimizer: `prune`, `PruneState`, `get_masks`.
+Masks: `make_masks`, `apply_masks`, `sparsity`, `fingerprint`.
+Thinning: `find_couplings` and what it gives, `Couplings`; `plan_cut` and `Cut`; `thin`,
+`thin_opt_state`, `thin_function`, `check_cut`.
+Cost: `measure_cost`, `Cost`.
+"""
+
+from agp_jax.costs import Cost, measure_cost
+from agp_jax.couplings import Couplings
+from agp_jax.masks import apply_masks, fingerprint, make_masks, sparsity
+from agp_jax.programs.grouping import find_couplings
+from agp_jax.pruning import PruneState, get_masks, prune
+from agp_jax.rules import Rule, dense, match_rules
+from agp_jax.schedules import Schedule, one_shot, polynomial_schedule, schedule_within
+from agp_jax.structures import (
+    Structure,
+    block,
+    channels,
+    element,
+    filters,
+    heads,
+    n_of_m,
+)
+from agp_jax.thinning.checks import check_cut
+from agp_jax.thinning.cuts import Cut, plan_cut
+from agp_jax.thinning.replay import thin_function
+from agp_jax.thinning.states import thin_opt_state
+from agp_jax.thinning.trees import thin
+
+__version__ = "0.1.0"
+__all__ = [
+    "Cost",
+    "Couplings",
+    "Cut",
+    "PruneState",
+    "Rule",
+    "Schedule",
+    "Structure",
+    "apply_masks",
+    "block",
+    "channels",
+    "check_cut",
+    "dense",
+    "element",
+    "filters",
+    "find_couplings",
+    "fingerprint",
+    "get_masks",
+    "heads",
+    "make_masks",
+    "match_rules",
+    "measure_cost",
+    "n_of_m",
+    "one_shot",
+    "plan_cut",
+    "polynomial_schedule",
+    "prune",
+    "schedule_within",
+    "sparsity",
+    "thin",
+    "thin_function",
+    "thin_opt_state",
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__", "__version__"]

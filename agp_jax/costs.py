@@ -78,6 +78,16 @@ class Cost:
       other_macs: the multiply-adds of products without any parameter, as of queries
         and keys in attention.
       notes: what could not be counted exactly, and why.
+
+    >>> variables = {"up": jnp.eye(4)}
+    >>> cost = measure_cost(lambda v, x: x @ v["up"], variables, jnp.ones((2, 4)))
+    >>> print(cost.table())
+    layer               shape  params  nonzero  MACs
+    up                  4x4        16        4    32
+    weights                        16        4
+    other parameters                0        0
+    without parameters                             0
+    total                          16        4    32
     """
 
     leaves: tuple[LeafCost, ...]

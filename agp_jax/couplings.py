@@ -91,6 +91,16 @@ class Couplings:
       axes: axes of values inside the function that must not become empty, as int
         arrays (indices, factors, 2) of (group, unit): an index goes if one of its
         factors does. Group -1 stands for no factor.
+
+    >>> import agp_jax as agp
+    >>> def mlp(params, x):
+    ...     return jnp.maximum(x @ params["up"], 0) @ params["down"]
+    >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+    >>> couplings = agp.find_couplings(mlp, params, jnp.ones((1, 4)))
+    >>> [(group.name, group.num_units, group.exact) for group in couplings.groups]
+    [('up[1]', 8, True)]
+    >>> couplings.masks({"up[1]": [0, 3]})["down"][:, 0]
+    Array([False,  True,  True, False,  True,  True,  True,  True], dtype=bool)
     """
 
     groups: tuple[Group, ...]

@@ -73,6 +73,12 @@ def make_masks(
         or mask has not its parameter's shape; if the couplings are of other parameters,
         or do not let a rule remove what it names; if `shard_map` has divided what is
         ranked.
+
+    >>> import agp_jax as agp
+    >>> rules = [agp.Rule("kernel", agp.element(), agp.one_shot(0.5))]
+    >>> params = {"kernel": jnp.array([4.0, -1.0, 3.0, 2.0])}
+    >>> make_masks(params, rules, step=0)["kernel"]
+    Array([ True, False,  True, False], dtype=bool)
     """
     matched = match_rules(rules, params)
     return remake_masks(
@@ -200,7 +206,20 @@ def _by_path(tree: PyTree, paths: Sequence[str], what: str) -> dict[str, Any]:
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
-    """`params` with exact zeros where a mask is False, NaN and infinity included."""
+    """`params` with exact zeros where a mask is False, NaN and infinity included.
+
+    Args:
+      params: any tree like the parameters, such as gradients.
+      masks: bool arrays of the shapes of its leaves; a leaf stays as it is where they
+        have `optax.MaskedNode()`.
+
+    Returns:
+      A tree like `params`, of the same dtypes. Works inside `jit`.
+
+    >>> masks = {"kernel": jnp.array([True, False]), "bias": optax.MaskedNode()}
+    >>> print(apply_masks({"kernel": jnp.ones(2), "bias": jnp.ones(1)}, masks))
+    {'bias': Array([1.], dtype=float32), 'kernel': Array([1., 0.], dtype=float32)}
+    """
     return map_masked(
         lambda mask, x: jnp.where(mask, x, jnp.zeros((), jnp.result_type(x))),
         masks,
@@ -235,6 +254,18 @@ def sparsity(masks: PyTree) -> dict[str, float]:
     """The fraction of weights that each mask removes, by path, and their "total".
 
     The total is over the masked tensors alone: a dense tensor has no mask to count.
+
+    Args:
+      masks: bool arrays and `optax.MaskedNode()`, as `get_masks` gives them.
+
+    Returns:
+      Floats in [0, 1].
+
+    Raises:
+      ValueError: if a leaf is no bool array.
+
+    >>> sparsity({"up": jnp.array([True, False]), "down": jnp.ones(6, bool)})
+    {'down': 0.0, 'up': 0.5, 'total': 0.125}
     """
     paths, leaves, _ = flatten_with_paths(masks)
     for path, mask in zip(paths, leaves, strict=True):
@@ -258,6 +289,10 @@ def fingerprint(masks: PyTree) -> jax.Array:
 
     It has the same value on any mesh, so processes and runs can compare theirs. Works
     inside `jit`; costs one read of the masks.
+
+    >>> kept = {"kernel": jnp.array([[True, False], [True, True]])}
+    >>> int(fingerprint(kept)) == int(fingerprint({"kernel": jnp.ones((2, 2), bool)}))
+    False
     """
     total = jnp.zeros((), jnp.uint32)
     for number, mask in enumerate(jax.tree.leaves(masks), start=1):

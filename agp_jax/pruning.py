@@ -29,6 +29,10 @@ class PruneState(NamedTuple):
       masks: a tree like the parameters of bool arrays, or of `PackedMask` with
         `packed=True`, and `optax.MaskedNode()` where a parameter stays dense.
       inner_state: the state of the wrapped optimizer.
+
+    >>> state = prune(optax.sgd(0.1), []).init({"w": jnp.ones(2)})
+    >>> print(state.step, state.masks)
+    0 {'w': MaskedNode()}
     """
 
     step: jax.Array
@@ -194,6 +198,12 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
 
     Raises:
       ValueError: if there is no `PruneState`, or several for the same parameter.
+
+    >>> import agp_jax as agp
+    >>> rules = [agp.Rule("w", agp.element(), agp.one_shot(0.5))]
+    >>> tx = optax.chain(optax.clip(1.0), prune(optax.adam(0.1), rules))
+    >>> get_masks(tx.init({"w": jnp.array([1.0, 2.0])}))["w"]
+    Array([False,  True], dtype=bool)
     """
     is_state = lambda x: isinstance(x, PruneState)  # noqa: E731
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]

@@ -46,6 +46,12 @@ class Rule:
     Raises:
       ValueError: for a pattern that is no regular expression and for options of the
         wrong kind.
+
+    >>> import agp_jax as agp
+    >>> curve = agp.polynomial_schedule(0.8, begin_step=0, end_step=400, frequency=20)
+    >>> agp.Rule(".*/kernel", agp.element(), curve, scope="rule")
+    Rule('.*/kernel', element(), \
+polynomial_schedule(0.8, begin_step=0, end_step=400, frequency=20), scope='rule')
     """
 
     pattern: str
@@ -206,6 +212,12 @@ def match_rules(rules: Sequence[Rule], params: PyTree) -> PyTree:
         or only such that earlier rules or their type take away from it; if its
         structure does not fit a tensor or lacks a schedule; if two parameters have the
         same path.
+
+    >>> import agp_jax as agp
+    >>> rules = [agp.dense("stem/.*"), agp.Rule(".*", agp.element(), agp.one_shot(0.5))]
+    >>> match_rules(rules, {"stem": {"kernel": 1.0}, "head": {"kernel": 1.0}})
+    {'head': {'kernel': Rule('.*', element(), one_shot(0.5, step=0))}, \
+'stem': {'kernel': None}}
     """
     rules = checked_rules(rules)
     paths, leaves, treedef = flatten_with_paths(params)

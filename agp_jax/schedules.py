@@ -44,6 +44,12 @@ class Schedule:
       ValueError: for a curve that cannot be followed: a sparsity outside [0, 1), a
         final one below the initial one, negative steps, an end before the beginning,
         or a frequency longer than the span.
+
+    >>> curve = polynomial_schedule(0.8, begin_step=0, end_step=4, frequency=2)
+    >>> curve.events()
+    (array([0, 2, 4]), array([0. , 0.7, 0.8]))
+    >>> curve(3)
+    Array(0.7, dtype=float32)
     """
 
     final_sparsity: float | Fraction

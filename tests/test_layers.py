@@ -205,12 +205,11 @@ def test_every_file_says_first_what_it_is(name):
 
 def test_the_package_only_re_exports_each_public_name_once():
     names = []
-    for node in parse("__init__").body[1:]:
-        assert isinstance(node, ast.ImportFrom)
-        assert node.module.startswith("agp_jax.")
-        for alias in node.names:
-            assert alias.asname == alias.name, f"{alias.name} as {alias.asname}"
-            names.append(alias.name)
-    assert names and len(set(names)) == len(names)
+    for node in ast.walk(parse("__init__")):
+        assert not isinstance(node, ast.Import | ast.ClassDef)
+        if isinstance(node, ast.ImportFrom):
+            assert node.module.startswith("agp_jax.")
+            names += [alias.asname or alias.name for alias in node.names]
+    assert sorted(names) == agp_jax.__all__ == sorted(set(agp_jax.__all__))
     modules = {part for name in ORDER for part in name.split(".")}
     assert not set(names) & modules, "a function shares its module's name"

@@ -30,7 +30,13 @@ class CutReport:
     tolerance: float
 
     def __str__(self) -> str:
-        lines = [f"relative error {self.error:.1e}"]
+        is_equal = self.error <= self.tolerance
+        verdict = "equals the masked one" if is_equal else "differs from the masked one"
+        within = "within" if is_equal else "by more than"
+        lines = [
+            f"the thinned function {verdict} {within} {self.tolerance:g}: "
+            f"the error is {self.error:.1e}"
+        ]
         lines += [f"    {error:.1e} from {name}" for name, error in self.groups.items()]
         return "\n".join(lines)
 
@@ -56,6 +62,21 @@ def check_cut(
       cut: of the variables.
       inputs: arrays to compare on.
       tolerance: relative difference up to which the functions count as equal.
+
+    Returns:
+      A `CutReport`: `error`, the largest relative difference, and `groups`, who made
+      it. Print it for a sentence.
+
+    >>> import agp_jax as agp
+    >>> import jax.numpy as jnp
+    >>> def mlp(params, x):
+    ...     return jnp.maximum(x @ params["up"], 0) @ params["down"]
+    >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+    >>> couplings = agp.find_couplings(mlp, params, jnp.ones((1, 4)))
+    >>> masks = couplings.masks({"up[1]": [0, 3]})
+    >>> cut = agp.plan_cut(masks, couplings)
+    >>> print(check_cut(mlp, params, masks, cut, jnp.ones((1, 4))))
+    the thinned function equals the masked one within 1e-05: the error is 0.0e+00
     """
     masked = apply_masks(variables, masks)
     expected = jax.jit(fn)(masked, *inputs)

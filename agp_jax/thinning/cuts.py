@@ -23,6 +23,12 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
     Attributes:
       kept: what stays along the axes that are cut; all else stays as it is.
       shapes: of all leaves, before the cut.
+
+    >>> cut = Cut({"bias": {0: np.array([0, 2])}}, {"bias": (3,), "scale": (3,)})
+    >>> print(cut)
+    bias: (3,) -> (2,)
+    >>> cut.to_dict()["kept"]
+    {'bias': {'0': [0, 2]}}
     """
 
     kept: Mapping[str, Mapping[int, np.ndarray]]
@@ -132,6 +138,16 @@ def plan_cut(
       round_to: as many units stay that their number is a multiple of this, or all.
       inexact: also cut groups that are not `exact`: what is summed or normalised over
         the removed units changes.
+
+    >>> import agp_jax as agp
+    >>> def mlp(params, x):
+    ...     return jnp.maximum(x @ params["up"], 0) @ params["down"]
+    >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+    >>> couplings = agp.find_couplings(mlp, params, jnp.ones((1, 4)))
+    >>> masks = couplings.masks({"up[1]": [0, 3]})
+    >>> print(plan_cut(masks, couplings))
+    down: (8, 2) -> (6, 2)
+    up: (4, 8) -> (4, 6)
     """
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, got {round_to}")

@@ -54,6 +54,16 @@ def thin_function(
     Raises:
       ValueError: when called, if `fn` cannot run without what the cut removes: what
         ties it, and where.
+
+    >>> import agp_jax as agp
+    >>> def mlp(params, x):
+    ...     return jnp.maximum(x @ params["up"], 0) @ params["down"]
+    >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+    >>> couplings = agp.find_couplings(mlp, params, jnp.ones((1, 4)))
+    >>> cut = agp.plan_cut(couplings.masks({"up[1]": [0, 3]}), couplings)
+    >>> smaller = thin_function(mlp, params, cut)
+    >>> smaller(agp.thin(params, cut), jnp.ones((1, 4)))
+    Array([[24., 24.]], dtype=float32)
     """
     paths, leaves, treedef = flatten_with_paths(variables)
     _check_paths(paths, [abstract_array(x) for x in leaves], cut)

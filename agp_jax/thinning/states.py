@@ -41,6 +41,12 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
     Raises:
       ValueError: if a leaf belongs to a cut parameter and has another shape, or seems
         to belong to one by its place or size, and it is not known how.
+
+    >>> import numpy as np
+    >>> params, cut = {"w": jnp.ones(3)}, Cut({"w": {0: np.array([0, 2])}}, {"w": (3,)})
+    >>> state = optax.sgd(0.1, momentum=0.9).init(params)
+    >>> thin_opt_state(state, params, cut)[0].trace
+    {'w': Array([0., 0.], dtype=float32)}
     """
     paths, leaves, _ = flatten_with_paths(params)
     thin(jax.tree.map(abstract_array, params), cut)  # has the cut these paths?

@@ -22,6 +22,11 @@ def thin(tree: PyTree, cut: Cut) -> PyTree:
 
     Raises:
       ValueError: if a leaf has a path or shape that the cut does not know.
+
+    >>> import numpy as np
+    >>> cut = Cut({"bias": {0: np.array([0, 2])}}, {"bias": (3,)})
+    >>> thin({"bias": jnp.array([1.0, 2.0, 3.0])}, cut)
+    {'bias': Array([1., 3.], dtype=float32)}
     """
     entries, treedef = jax.tree.flatten(tree, is_leaf=is_packed)
     numbered = treedef.unflatten(range(len(entries)))
