@@ -23,12 +23,13 @@ Optimizer: `prune`, `PruneState`, `get_masks`.
 Masks: `make_masks`, `apply_masks`, `sparsity`, `fingerprint`.
 Thinning: `find_couplings` and what it gives, `Couplings`; `plan_cut` and `Cut`; `thin`,
 `thin_opt_state`, `thin_function`, `check_cut`.
-Cost: `measure_cost`, `Cost`.
+Before training: `plan`, which gives a `PruningPlan`; `measure_cost`, a `Cost`.
 """
 
 from agp_jax.costs import Cost, measure_cost
 from agp_jax.couplings import Couplings
 from agp_jax.masks import apply_masks, fingerprint, make_masks, sparsity
+from agp_jax.planning import PruningPlan, plan
 from agp_jax.programs.grouping import find_couplings
 from agp_jax.pruning import PruneState, get_masks, prune
 from agp_jax.rules import Rule, dense, match_rules
@@ -54,6 +55,7 @@ __all__ = [
     "Couplings",
     "Cut",
     "PruneState",
+    "PruningPlan",
     "Rule",
     "Schedule",
     "Structure",
@@ -73,6 +75,7 @@ __all__ = [
     "measure_cost",
     "n_of_m",
     "one_shot",
+    "plan",
     "plan_cut",
     "polynomial_schedule",
     "prune",

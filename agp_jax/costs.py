@@ -172,7 +172,7 @@ class Cost:
                 _grouped(self.macs),
             ),
         ]
-        return "\n".join([*_aligned(rows), *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*aligned(rows), *(f"note: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
         return self.table()
@@ -439,7 +439,7 @@ def _sum_known(leaves: Sequence[LeafCost]) -> int | None:
     return sum(counts) if len(counts) == len(leaves) else None
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The rows with columns as wide as they need: names left, numbers right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

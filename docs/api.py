@@ -24,7 +24,7 @@ PARTS = {
     "Masks": "make_masks apply_masks sparsity fingerprint",
     "Thinning": "find_couplings Couplings plan_cut Cut thin thin_opt_state "
     "thin_function check_cut",
-    "Cost": "measure_cost Cost",
+    "Plans and cost": "plan PruningPlan measure_cost Cost",
 }
 
 HEAD = """# What `import agp_jax as agp` brings

@@ -52,6 +52,7 @@ ORDER = [
     "thinning.states",  # and of an optimizer's state
     "thinning.checks",  # whether the thinned function is the masked one
     "costs",  # parameters, non-zeros and multiply-adds
+    "planning",  # what rules will leave
 ]
 CORE = list(ORDER)
 ORDER += [

@@ -6,22 +6,16 @@ here is counted from schedules, without masks.
 """
 
 import bisect
-import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from agp_jax.cells import Leaf
-from agp_jax.contests import count_removed
-from agp_jax.rules import Rule
-from agp_jax.structures import num_cells
+from agp_jax.planning import count_nonzero_at
 from agp_jax.training.config import teacher_step
 from agp_jax.training.experiment import Experiment
-from agp_jax.trees import Shape, flatten_with_paths
-from agp_jax.units import rank_groups
+from agp_jax.trees import flatten_with_paths
 
 
 class Course(NamedTuple):
@@ -93,11 +87,7 @@ def make_course(experiment: Experiment) -> Course:
 
 
 def count_nonzero_by_path(experiment: Experiment, step: int) -> dict[str, Fraction]:
-    """How many entries of each parameter are not zero at a step, as schedules have it.
-
-    Whole numbers, but where cells or units of several tensors are ranked together:
-    there each loses an equal part, and only the sum of cells is exact.
-    """
+    """`count_nonzero_at` of an experiment's parameters."""
     paths, shapes, treedef = flatten_with_paths(experiment.shapes.params)
     matched = treedef.flatten_up_to(experiment.matched)
     rules = {
@@ -106,61 +96,4 @@ def count_nonzero_by_path(experiment: Experiment, step: int) -> dict[str, Fracti
         if rule in experiment.rules
     }
     arrays = dict(zip(paths, shapes, strict=True))
-    gone = _slices_gone(experiment, rules, arrays, step)
-    counts = {}
-    for path, array in arrays.items():
-        kept = Fraction(1)
-        for axis, size in enumerate(array.shape):
-            kept *= size - gone[path, axis]
-        rule = rules.get(path)
-        if rule is not None and not (experiment.ranking and rule.prunes_units):
-            kept *= 1 - _removed_part(rule, path, rules, arrays, step)
-        counts[path] = kept
-    return counts
-
-
-def _removed_part(
-    rule: Rule,
-    path: str,
-    rules: Mapping[str, Rule],
-    arrays: Mapping[str, Any],
-    step: int,
-) -> Fraction:
-    """The part of a parameter's cells that its rule has removed."""
-    rows, cells = count_cells(rule, arrays[path].shape)
-    if rule.scope == "rule":
-        peers = [arrays[p].shape for p, other in rules.items() if other == rule]
-        cells = sum(math.prod(count_cells(rule, shape)) for shape in peers)
-    return Fraction(count_removed(rule, cells, step), cells) if cells else Fraction(0)
-
-
-def count_cells(rule: Rule, shape: Shape) -> tuple[int, int]:
-    """The separately ranked rows of a parameter, and the cells of each."""
-    assert rule.structure is not None  # it prunes
-    rows, tensor = rule.divide(shape)
-    return math.prod(rows), num_cells(rule.structure, tensor)
-
-
-def _slices_gone(
-    experiment: Experiment,
-    rules: Mapping[str, Rule],
-    arrays: Mapping[str, Any],
-    step: int,
-) -> dict[tuple[str, int], Fraction]:
-    """How many slices along each leaf's axis have gone with coupled units."""
-    gone: dict[tuple[str, int], Fraction] = defaultdict(Fraction)
-    if experiment.ranking is None:
-        return gone
-    leaves = {
-        path: Leaf(path, rule, arrays[path], None, None, None)
-        for path, rule in rules.items()
-    }
-    ranked = rank_groups(leaves, arrays, experiment.ranking)
-    for group, rule, _ in ranked:
-        units = group.num_units
-        if rule.scope == "rule":
-            units = sum(math.prod(g.shape) for g, other, _ in ranked if other == rule)
-        removed = Fraction(count_removed(rule, units, step) * group.num_units, units)
-        for member in group.members:
-            gone[member.path, member.axis] += removed * member.indices.shape[1]
-    return gone
+    return count_nonzero_at(step, arrays, rules, experiment.ranking)

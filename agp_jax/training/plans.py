@@ -15,12 +15,12 @@ import numpy as np
 from agp_jax.costs import Cost, LeafCost
 from agp_jax.masks import apply_masks, make_masks
 from agp_jax.models.torch_weights import published_names
+from agp_jax.planning import count_cells
 from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
 from agp_jax.thinning.trees import thin
 from agp_jax.training.config import Config, ConfigError, Distill, last_event
 from agp_jax.training.courses import (
-    count_cells,
     count_nonzero_by_path,
     make_course,
     training_macs,

@@ -1,0 +1,356 @@
+"""Plans: what rules will leave, told from shapes and schedules alone.
+
+How many cells or units go is arithmetic; which ones go needs weights, and no count.
+"""
+
+import dataclasses
+import math
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agp_jax.cells import Leaf
+from agp_jax.contests import count_removed
+from agp_jax.costs import Cost, aligned, measure_cost
+from agp_jax.couplings import Couplings
+from agp_jax.rules import Rule, checked_rules, match_rules
+from agp_jax.structures import num_cells
+from agp_jax.thinning.cuts import cut_units
+from agp_jax.thinning.replay import thin_function
+from agp_jax.trees import PyTree, Shape, abstract_array, flatten_with_paths
+from agp_jax.units import RankedGroup, rank_groups
+
+
+class PlannedTensor(NamedTuple):
+    """A parameter, and what will be left of it.
+
+    Attributes:
+      path: of the parameter.
+      shape: as it is.
+      rule: the number of the rule that takes it, from 0; None where it is ranked by
+        none, as what only loses the units that it shares with others.
+      nonzero: how many entries stay. Where cells or units of several tensors are ranked
+        together, each is taken to lose an equal part, and only the sum is certain.
+    """
+
+    path: str
+    shape: Shape
+    rule: int | None
+    nonzero: Fraction
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - float(self.nonzero / self.size) if self.size else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningPlan:
+    """What `plan` foretells. Print it for a table.
+
+    Attributes:
+      rules: those that were asked for.
+      tensors: every parameter of floating point numbers.
+      before: the cost of the function; None where none was given.
+      after: its cost once the units that go have been cut out.
+
+    >>> import agp_jax as agp
+    >>> rules = [agp.Rule("up", agp.element(), agp.one_shot(0.75))]
+    >>> made = agp.plan(rules, {"up": jax.ShapeDtypeStruct((4, 8), "float32")})
+    >>> made.nonzero, made.size
+    (8, 32)
+    """
+
+    rules: tuple[Rule, ...]
+    tensors: tuple[PlannedTensor, ...]
+    before: Cost | None
+    after: Cost | None
+
+    @property
+    def size(self) -> int:
+        """How many parameters there are."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def nonzero(self) -> int:
+        """How many parameters are not zero in the end."""
+        return int(sum(tensor.nonzero for tensor in self.tensors))
+
+    def __str__(self) -> str:
+        """A line for each rule and tensor, equal tensors in one, and the sums."""
+        lines = []
+        for number, rule in enumerate(self.rules):
+            taken = sum(tensor.rule == number for tensor in self.tensors)
+            tensors = "1 tensor" if taken == 1 else f"{taken} tensors"
+            if rule.structure is None:
+                lines.append(f"rule {number} {rule.pattern!r} keeps {tensors} dense")
+                continue
+            together = ", ranked together" if rule.scope == "rule" else ""
+            lines += [
+                f"rule {number} {rule.pattern!r} by {rule.structure}: {tensors}"
+                f"{together};",
+                *textwrap.wrap(
+                    str(rule.schedule),
+                    78,
+                    initial_indent="  ",
+                    subsequent_indent="  ",
+                ),
+            ]
+        rows = [("tensor", "shape", "non-zero", "sparsity", "rule")]
+        rows += [_row(*group) for group in _equal_tensors(self.tensors)]
+        sparsity = 1 - self.nonzero / max(self.size, 1)
+        rows.append(("all", "", f"{self.nonzero:,}", f"{sparsity:.2%}", ""))
+        lines += ["", *aligned(rows), "", f"parameters: {self.size:,}"]
+        if self.before and self.after:
+            first, last = self.before.macs, self.after.macs
+            lines.append(f"multiply-adds: {first:,}")
+            if last != first:
+                lines[-1] += f", and {last:,} ({last / first:.2%}) after a cut"
+        return "\n".join(lines)
+
+
+def plan(
+    rules: Sequence[Rule],
+    params: PyTree,
+    couplings: Couplings | None = None,
+    fn: Callable[..., PyTree] | None = None,
+    inputs: Sequence[PyTree] = (),
+) -> PruningPlan:
+    """What `rules` will leave of `params` after their last events.
+
+    Nothing is computed and no mask is made, so `params` may be of
+    `jax.ShapeDtypeStruct` and of any size.
+
+    Args:
+      rules: with schedules, as for `prune`.
+      params: the parameters.
+      couplings: of the parameters, as for `prune`: what rules with filters, channels
+        or heads remove goes from every leaf that shares it.
+      fn: called as `fn(params, *inputs)`; its multiply-adds are counted, and with
+        couplings those after a cut of the units that go.
+      inputs: of `fn`; arrays or `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: as `match_rules` and `prune` do.
+
+    >>> import agp_jax as agp
+    >>> import jax.numpy as jnp
+    >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+    >>> rules = [agp.Rule("up", agp.element(), agp.one_shot(0.75)), agp.dense("down")]
+    >>> print(agp.plan(rules, params))
+    rule 0 'up' by element(): 1 tensor;
+      sparsity 0.75 from step 0 on
+    rule 1 'down' keeps 1 tensor dense
+    <BLANKLINE>
+    tensor  shape  non-zero  sparsity  rule
+    down    8x2          16     dense     1
+    up      4x8           8    75.00%     0
+    all                  24    50.00%
+    <BLANKLINE>
+    parameters: 48
+    """
+    rules = checked_rules(rules)
+    matched = match_rules(rules, params)
+    paths, leaves, treedef = flatten_with_paths(params)
+    taken = dict(zip(paths, treedef.flatten_up_to(matched), strict=True))
+    shapes = {p: abstract_array(x) for p, x in zip(paths, leaves, strict=True)}
+    pruned = {path: rule for path, rule in taken.items() if rule is not None}
+    last = max((int(r.schedule.end_step) for r in rules if r.schedule), default=0)
+    counts = count_nonzero_at(last, shapes, pruned, couplings)
+    numbers = [
+        next((i for i, r in enumerate(rules) if re.fullmatch(r.pattern, path)), None)
+        for path in paths
+    ]
+    before = after = None
+    if fn is not None:
+        before = after = measure_cost(fn, params, *inputs)
+        if couplings is not None:
+            cut = _cut_of_any(last, shapes, pruned, couplings)
+            smaller = treedef.unflatten(
+                jax.ShapeDtypeStruct(cut.thin_shape(path), shapes[path].dtype)
+                for path in paths
+            )
+            after = measure_cost(thin_function(fn, params, cut), smaller, *inputs)
+    return PruningPlan(
+        rules,
+        tuple(
+            PlannedTensor(path, shapes[path].shape, number, counts[path])
+            for path, number in zip(paths, numbers, strict=True)
+            if jnp.issubdtype(shapes[path].dtype, jnp.inexact)
+        ),
+        before,
+        after,
+    )
+
+
+def count_nonzero_at(
+    step: int,
+    shapes: Mapping[str, Any],
+    rules: Mapping[str, Rule],
+    couplings: Couplings | None,
+) -> dict[str, Fraction]:
+    """How many entries of each parameter are not zero at a step, as schedules have it.
+
+    Whole numbers, but where cells or units of several tensors are ranked together:
+    there each loses an equal part, and only the sum of cells is exact.
+
+    Args:
+      step: the step.
+      shapes: abstract arrays of all parameters, by path.
+      rules: of those that are pruned, by path.
+      couplings: of the parameters where rules prune whole units, else None.
+    """
+    gone = _slices_gone(step, shapes, rules, couplings)
+    counts = {}
+    for path, array in shapes.items():
+        kept = Fraction(1)
+        for axis, size in enumerate(array.shape):
+            kept *= size - gone[path, axis]
+        rule = rules.get(path)
+        if rule is not None and not (couplings and rule.prunes_units):
+            kept *= 1 - _removed_part(rule, path, rules, shapes, step)
+        counts[path] = kept
+    return counts
+
+
+def _removed_part(
+    rule: Rule,
+    path: str,
+    rules: Mapping[str, Rule],
+    shapes: Mapping[str, Any],
+    step: int,
+) -> Fraction:
+    """The part of a parameter's cells that its rule has removed."""
+    rows, cells = count_cells(rule, shapes[path].shape)
+    if rule.scope == "rule":
+        peers = [shapes[p].shape for p, other in rules.items() if other == rule]
+        cells = sum(math.prod(count_cells(rule, shape)) for shape in peers)
+    return Fraction(count_removed(rule, cells, step), cells) if cells else Fraction(0)
+
+
+def count_cells(rule: Rule, shape: Shape) -> tuple[int, int]:
+    """The separately ranked rows of a parameter, and the cells of each."""
+    assert rule.structure is not None  # it prunes
+    rows, tensor = rule.divide(shape)
+    return math.prod(rows), num_cells(rule.structure, tensor)
+
+
+def _slices_gone(
+    step: int,
+    shapes: Mapping[str, Any],
+    rules: Mapping[str, Rule],
+    couplings: Couplings | None,
+) -> dict[tuple[str, int], Fraction]:
+    """How many slices along each leaf's axis have gone with coupled units."""
+    gone: dict[tuple[str, int], Fraction] = defaultdict(Fraction)
+    for ranked, removed in _units_gone(step, shapes, rules, couplings):
+        for member in ranked.group.members:
+            gone[member.path, member.axis] += removed * member.indices.shape[1]
+    return gone
+
+
+def _units_gone(
+    step: int,
+    shapes: Mapping[str, Any],
+    rules: Mapping[str, Rule],
+    couplings: Couplings | None,
+) -> Iterator[tuple[RankedGroup, Fraction]]:
+    """The groups that rules rank, and how many units of each have gone."""
+    if couplings is None:
+        return
+    leaves = {
+        path: Leaf(path, rule, shapes[path], None, None, None)
+        for path, rule in rules.items()
+    }
+    all_ranked = rank_groups(leaves, shapes, couplings)
+    for ranked in all_ranked:
+        group, rule, _ = ranked
+        units = group.num_units
+        if rule.scope == "rule":
+            units = sum(math.prod(g.shape) for g, r, _ in all_ranked if r == rule)
+        gone = count_removed(rule, units, step)
+        yield ranked, Fraction(gone * group.num_units, units)
+
+
+def _cut_of_any(
+    step: int,
+    shapes: Mapping[str, Any],
+    rules: Mapping[str, Rule],
+    couplings: Couplings,
+) -> Any:
+    """A cut of as many units as will go, of each group the last ones."""
+    removed = {
+        ranked.group.name: int(count)
+        for ranked, count in _units_gone(step, shapes, rules, couplings)
+    }
+    dead = []
+    for group in couplings.groups:
+        flags = np.zeros(group.shape, bool)
+        flags[..., group.num_units - removed.get(group.name, 0) :] = True
+        dead.append(flags)
+    return cut_units(couplings, dead)
+
+
+def _row(name: str, tensors: Sequence[PlannedTensor]) -> tuple[str, ...]:
+    """Equal tensors in a row of a table: what is left is that of all of them."""
+    tensor = tensors[0]
+    many = f"{len(tensors)} x " if len(tensors) > 1 else ""
+    return (
+        name,
+        f"{many}{'x'.join(map(str, tensor.shape)) or 'scalar'}",
+        f"{int(len(tensors) * tensor.nonzero):,}",
+        "dense" if tensor.nonzero == tensor.size else f"{tensor.sparsity:.2%}",
+        "" if tensor.rule is None else f"{tensor.rule}",
+    )
+
+
+def _equal_tensors(
+    tensors: Sequence[PlannedTensor],
+) -> Iterator[tuple[str, list[PlannedTensor]]]:
+    """Tensors of which all is equal but numbers in their paths, under one name."""
+    alike: dict[Any, list[PlannedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        skeleton = re.sub(r"\d+", "#", tensor.path)
+        alike[skeleton, tensor.shape, tensor.rule, tensor.nonzero].append(tensor)
+    for group in alike.values():
+        by_path = {tensor.path: tensor for tensor in group}
+        for name, paths in name_together(list(by_path)):
+            yield name, [by_path[path] for path in paths]
+
+
+def name_together(paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Names for runs of paths that differ in numbers alone.
+
+    >>> list(name_together(["a1/b0", "a1/b1", "a2/b0", "a2/b1"]))
+    [('a[1-2]/b[0-1]', ['a1/b0', 'a1/b1', 'a2/b0', 'a2/b1'])]
+    """
+    numbers = [re.findall(r"\d+", path) for path in paths]
+    columns = [sorted({*column}, key=int) for column in zip(*numbers, strict=True)]
+    if math.prod(map(len, columns)) == len(paths):
+        spelled = iter([_spell(column) for column in columns])
+        yield re.sub(r"\d+", lambda _: next(spelled), paths[0]), list(paths)
+        return
+    place = next(i for i, column in enumerate(columns) if len(column) > 1)
+    for value in columns[place]:
+        part = [p for p, n in zip(paths, numbers, strict=True) if n[place] == value]
+        yield from name_together(part)
+
+
+def _spell(numbers: Sequence[str]) -> str:
+    """A number, a range or a list of them."""
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) == 1:
+        return first
+    if int(last) - int(first) == len(numbers) - 1:
+        return f"[{first}-{last}]"
+    return f"[{','.join(numbers)}]"
