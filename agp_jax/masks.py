@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from agp_jax.boxes import count_nonzero
@@ -124,11 +125,66 @@ def remake_masks(
         gradients=_by_path(gradients, paths, "the gradients"),
         scores=_by_path(scores, paths, "the scores"),
     )
+    idle = frozenset(x for x in set(rules.values()) if x and not _may_prune(x, step))
+    by_units = lambda leaf: couplings is not None and leaf.rule.prunes_units  # noqa: E731
+    unchanged = {
+        leaf.path: _unchanged(leaf)
+        for leaf in leaves.values()
+        if not by_units(leaf) and (leaf.rule in idle or leaf.weights.size == 0)
+    }
+    ranked = [leaf for path, leaf in leaves.items() if path not in unchanged]
+    new_masks |= unchanged
+    if ranked:
+        coupled = (
+            () if couplings is None else flatten_with_paths(couplings.variables)[0]
+        )
+        new_masks |= _rank(
+            [leaf[2:] for leaf in ranked],
+            {path: weights[path] for path in coupled if path in weights},
+            {path: new_masks[path] for path in coupled if path in new_masks},
+            _as_array(step),
+            names=tuple(leaf[:2] for leaf in ranked),
+            idle=idle,
+            couplings=couplings,
+        )
+    masks_of_all = [new_masks.get(path) for path in paths]
+    return unflatten_around(treedef, masks_of_all, optax.MaskedNode())
+
+
+# Compiled once for each set of rules and shapes, in a loop without `jit` too; inside of
+# a jitted function nothing is left of this one.
+@functools.partial(jax.jit, static_argnames=("names", "idle", "couplings"), inline=True)
+def _rank(
+    arrays: Sequence[tuple[jax.Array | None, ...]],
+    weights: Mapping[str, Any],
+    masks: Mapping[str, jax.Array],
+    step: jax.Array,
+    *,
+    names: tuple[tuple[str, Rule], ...],
+    idle: frozenset[Rule],
+    couplings: Couplings | None,
+) -> dict[str, jax.Array]:
+    """The masks of leaves that are ranked, and of what is coupled to them.
+
+    Args:
+      arrays: of each leaf; `names` are its path and rule.
+      weights: of all that is coupled, by path.
+      masks: what these have lost so far.
+      step: see `make_masks`.
+      names: of the leaves.
+      idle: the rules that remove nothing at this step, as far as that is known.
+      couplings: see `make_masks`.
+    """
+    leaves = {
+        path: Leaf(path, rule, *rest)
+        for (path, rule), rest in zip(names, arrays, strict=True)
+    }
     ranked_groups = [] if couplings is None else rank_groups(leaves, weights, couplings)
+    made: dict[str, jax.Array] = {}
     units: dict[str, jax.Array] = {}
 
     def keep_cells(leaf: Leaf, kept: jax.Array) -> None:
-        new_masks[leaf.path] = mask_of_cells(leaf, kept)
+        made[leaf.path] = mask_of_cells(leaf, kept)
 
     def keep_units(group: Group, kept: jax.Array) -> None:
         units[group.name] = kept
@@ -137,19 +193,17 @@ def remake_masks(
     for leaf in leaves.values():
         if couplings is not None and leaf.rule.prunes_units:
             continue  # it is masked with the groups below
-        if leaf.weights.size == 0 or not _may_prune(leaf.rule, step):
-            new_masks[leaf.path] = _unchanged(leaf)
-        elif leaf.structure.keep_n_of_m:
-            new_masks[leaf.path] = keep_n_of_m(leaf, step)
+        if leaf.structure.keep_n_of_m:
+            made[leaf.path] = keep_n_of_m(leaf, step)
         else:
             keep = functools.partial(keep_cells, leaf)
             entries.append(_Entry(enter(leaf), leaf.rule, keep))
     for ranked in ranked_groups:
         keep = functools.partial(keep_units, ranked.group)
-        if _may_prune(ranked.rule, step):
-            entries.append(_Entry(enter_group(ranked, leaves), ranked.rule, keep))
-        else:
+        if ranked.rule in idle:
             keep(all_units(ranked.group))
+        else:
+            entries.append(_Entry(enter_group(ranked, leaves), ranked.rule, keep))
     kept_of_each = hold_contests(
         [entry.entrant for entry in entries], [entry.rule for entry in entries], step
     )
@@ -158,9 +212,7 @@ def remake_masks(
     # A leaf may belong to several groups, so their masks are made at once.
     groups = [ranked.group for ranked in ranked_groups]
     kept = [units[group.name] for group in groups]
-    new_masks |= masks_of_members(groups, kept, weights, new_masks)
-    masks_of_all = [new_masks.get(path) for path in paths]
-    return unflatten_around(treedef, masks_of_all, optax.MaskedNode())
+    return made | masks_of_members(groups, kept, weights, {**masks, **made})
 
 
 def _pruned_leaves(
@@ -317,6 +369,13 @@ def _unchanged(leaf: Leaf) -> jax.Array:
     if leaf.mask is None:
         return jnp.ones_like(leaf.weights, dtype=bool)
     return leaf.mask
+
+
+def _as_array(step: int | jax.Array) -> jax.Array | np.ndarray:
+    """A step as jitted functions take it; all beyond int32 are alike."""
+    lowest, highest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    is_int = isinstance(step, int)
+    return np.int32(min(max(step, lowest), highest)) if is_int else step
 
 
 def _may_prune(rule: Rule, step: int | jax.Array) -> bool:

@@ -252,6 +252,27 @@ def test_traced_and_int_steps_agree_at_every_step():
         jax.tree.map(np.testing.assert_array_equal, ours, traced(params, step))
 
 
+@pytest.mark.parametrize("first", [1, jnp.int32(1)])
+def test_a_loop_without_jit_compiles_its_masks_once(first):
+    traced = []
+
+    def score(weights):
+        traced.append(weights.shape)
+        return jnp.abs(weights)
+
+    rules = rule("w", score=score), rule("n", agp.n_m(1, 4), score=score)
+    params = {"w": normal(0, TENSOR), "n": normal(1, (8, 3)), "other": "no array"}
+    masks, calls = None, []
+    for step in range(4):
+        masks = agp.make_masks(params, rules, first + step, masks)
+        calls.append(len(traced))
+        lost = removed(LINE, int(first) + step, 91)
+        np.testing.assert_array_equal(
+            masks["w"], rank_elements(np.abs(params["w"]), lost)
+        )
+    assert calls[0] and calls[1] <= 2 * calls[0] and calls[1:] == calls[1:2] * 3
+
+
 @pytest.mark.parametrize("step", [np.array(9), jnp.uint32(9), jnp.int8(9)])
 def test_a_step_may_be_any_integer_type(step):
     schedule = agp.polynomial_schedule(
