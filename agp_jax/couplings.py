@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agp_jax.trees import PyTree, Shape, flatten_with_paths, subtree_at
+from agp_jax.trees import (
+    PyTree,
+    Shape,
+    flatten_with_paths,
+    subtree_at,
+    unflatten_around,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,6 +134,9 @@ class Couplings:
     def masks(self, removed: Mapping[str, Any]) -> PyTree:
         """Bool masks over the variables, False on every slice of the removed units.
 
+        Keys of random numbers have none: `optax.MaskedNode()` stands in the place of
+        the key, and of a box that holds nothing else, such as an NNX variable.
+
         Args:
           removed: for names of groups, the numbers of the units to remove. Where layers
             are stacked an array (layers, removed) removes other units in each layer.
@@ -144,10 +153,8 @@ class Couplings:
             for member in group.members:
                 mask = masks[member.path]
                 mask &= ~along_axis(slice_flags(member, dead, mask.shape), mask, member)
-        return treedef.unflatten(
-            jnp.asarray(masks[path]) if path in masks else optax.MaskedNode()
-            for path in paths
-        )
+        found = [jnp.asarray(masks[path]) if path in masks else None for path in paths]
+        return unflatten_around(treedef, found, optax.MaskedNode())
 
     def subtree(self, prefix: str) -> "Couplings":
         """The couplings of the variables under `prefix` alone, by their paths there.

@@ -17,6 +17,7 @@ from coupling_cases import (
     shaped,
     stacked,
 )
+from flax import nnx
 
 import agp_jax as agp
 from agp_jax.trees import flatten_with_paths
@@ -81,12 +82,14 @@ def test_each_stacked_layer_may_lose_other_units():
     assert not same[:, :, [1, 3]].any() and same[:, :, [0, 2, 4]].all()
 
 
-def test_keys_of_random_numbers_have_no_mask():
+@pytest.mark.parametrize("box", [lambda key: key, nnx.RngKey])
+def test_keys_of_random_numbers_have_no_mask(box):
     def fn(variables, x):
-        noise = jax.random.normal(variables["key"], (5,))
+        (key,) = jax.tree.leaves(variables["key"])
+        noise = jax.random.normal(key, (5,))
         return (x @ variables["up"] + noise[None]) @ variables["down"]
 
-    variables = {"key": jax.random.key(0), "up": jnp.ones((3, 5))}
+    variables = {"key": box(jax.random.key(0)), "up": jnp.ones((3, 5))}
     variables["down"] = jnp.ones((5, 2))
     couplings = agp.find_couplings(fn, variables, shaped(1, 3))
     masks = couplings.masks({"up[1]": [1]})
