@@ -172,10 +172,12 @@ def weight_scores(leaf: Leaf) -> jax.Array:
 
 def check_scores(path: str, scores: jax.Array, shape: tuple[int, ...]) -> None:
     """Raises ValueError if scores have not the shape of their parameter."""
-    if jnp.shape(scores) != shape:
-        raise ValueError(
-            f"scores for {path} must have its shape {shape}, got {jnp.shape(scores)}"
-        )
+    found = None if scores is None else jnp.shape(scores)
+    if found != shape:
+        raise ValueError(f"scores for {path} must have its shape {shape}, got {found}")
+    dtype = jnp.result_type(scores)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(f"scores for {path} must be real numbers, got {dtype}")
 
 
 def _idle_bits(leaf: Leaf) -> int:

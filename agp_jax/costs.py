@@ -26,7 +26,7 @@ from agp_jax.programs.jaxprs import (
     source_line,
     trace,
 )
-from agp_jax.trees import PyTree, Shape, flatten_with_paths
+from agp_jax.trees import PyTree, Shape, expect_function, flatten_with_paths
 
 
 class _Part(NamedTuple):
@@ -205,6 +205,7 @@ def measure_cost(fn: Callable[..., Any], variables: PyTree, *inputs: Any) -> Cos
     >>> cost.params, cost.weight_params, cost.macs
     (36, 32, 64)
     """
+    expect_function(fn, "a function first, as in measure_cost(predict, variables, x)")
     paths, leaves, _ = flatten_with_paths(variables)
     program, _ = trace(fn, variables, *inputs)
     origins: list[_Origin] = [

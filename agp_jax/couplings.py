@@ -17,6 +17,7 @@ import optax
 from agp_jax.trees import (
     PyTree,
     Shape,
+    expect,
     flatten_with_paths,
     subtree_at,
     unflatten_around,
@@ -141,6 +142,7 @@ class Couplings:
           removed: for names of groups, the numbers of the units to remove. Where layers
             are stacked an array (layers, removed) removes other units in each layer.
         """
+        expect(removed, Mapping, "the units to remove by group, as {name: numbers}")
         paths, leaves, treedef = flatten_with_paths(self.variables)
         masks = {
             path: np.ones(x.shape, bool)
@@ -193,7 +195,14 @@ class Couplings:
 
 def unit_flags(group: Group, units: Any) -> np.ndarray:
     """Numbers of units as bools: (units,), or (layers, units) where these differ."""
-    numbers = np.asarray(units, int)
+    numbers = np.asarray(units)
+    if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(
+            f"{group.name}: expected the numbers of the units to remove, got "
+            f"{numbers.dtype}"
+            + ("; np.flatnonzero(flags) gives them" if numbers.dtype == bool else "")
+        )
+    numbers = numbers.astype(int)
     if numbers.size and not 0 <= numbers.min() <= numbers.max() < group.num_units:
         raise ValueError(
             f"{group.name} has units 0 to {group.num_units - 1}, got "

@@ -7,7 +7,6 @@ variable.
 """
 
 import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,15 @@ from agp_jax.couplings import Couplings, Group
 from agp_jax.rules import Rule, match_rules
 from agp_jax.selection import Entrant
 from agp_jax.shardings import indices_along, varying_axes
-from agp_jax.trees import PyTree, flatten_with_paths, leaves_of, unflatten_around
+from agp_jax.trees import (
+    PyTree,
+    Shape,
+    describe,
+    expect,
+    flatten_with_paths,
+    leaves_of,
+    unflatten_around,
+)
 from agp_jax.units import (
     all_units,
     enter_group,
@@ -81,6 +88,9 @@ def make_masks(
     >>> make_masks(params, rules, step=0)["kernel"]
     Array([ True, False,  True, False], dtype=bool)
     """
+    if couplings is not None:
+        expect(couplings, Couplings, "couplings from agp.find_couplings")
+    _check_step(step)
     matched = match_rules(rules, params)
     return remake_masks(
         params,
@@ -112,8 +122,6 @@ def remake_masks(
     couplings: Couplings | None,
 ) -> PyTree:
     """`make_masks` with the rules that `match_rules` has matched to `params`."""
-    if not isinstance(step, jax.Array):
-        step = operator.index(step)
     paths, arrays, treedef = flatten_with_paths(params)
     weights = dict(zip(paths, arrays, strict=True))
     rules = dict(zip(paths, treedef.flatten_up_to(matched), strict=True))
@@ -176,7 +184,7 @@ def _rank(
       couplings: see `make_masks`.
     """
     leaves = {
-        path: Leaf(path, rule, *rest)
+        path: Leaf(path, rule, *rest)  # pyrefly: ignore[bad-argument-type]
         for (path, rule), rest in zip(names, arrays, strict=True)
     }
     ranked_groups = [] if couplings is None else rank_groups(leaves, weights, couplings)
@@ -230,12 +238,14 @@ def _pruned_leaves(
             continue
         mask = masks.get(path)
         array = jnp.asarray(weights[path])
-        if mask is not None and mask.shape != array.shape:
-            raise ValueError(
-                f"the mask of {path} must have its shape {array.shape}, got "
-                f"{mask.shape}"
-            )
+        if mask is not None:
+            _check_mask(path, mask, array.shape)
         gradient = gradients.get(path) if rule.scores_gradients else None
+        if gradient is not None and jnp.shape(gradient) != array.shape:
+            raise ValueError(
+                f"the gradient of {path} must have its shape {array.shape}, got "
+                f"{jnp.shape(gradient)}"
+            )
         score = scores.get(path)
         if score is not None:
             check_scores(path, score, array.shape)
@@ -272,11 +282,44 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     >>> print(apply_masks({"kernel": jnp.ones(2), "bias": jnp.ones(1)}, masks))
     {'bias': Array([1.], dtype=float32), 'kernel': Array([1., 0.], dtype=float32)}
     """
-    return map_masked(
-        lambda mask, x: jnp.where(mask, x, jnp.zeros((), jnp.result_type(x))),
-        masks,
-        params,
+    if masks is None:
+        raise ValueError("expected masks, got None: pass get_masks(opt_state)")
+    paths, leaves, treedef = flatten_with_paths(params)
+    found = leaves_of(masks, paths, "the masks")
+    return treedef.unflatten(
+        x if mask is None else _masked(path, x, mask)
+        for path, x, mask in zip(paths, leaves, found, strict=True)
     )
+
+
+def _masked(path: str, x: Any, mask: Any) -> jax.Array:
+    _check_mask(path, mask, jnp.shape(x))
+    return jnp.where(mask, x, jnp.zeros((), jnp.result_type(x)))
+
+
+def _check_mask(path: str, mask: Any, shape: Shape | None) -> None:
+    """Raises a ValueError unless the mask of `path` is a bool array of this shape."""
+    if getattr(mask, "dtype", None) != np.dtype(bool):
+        kind = getattr(mask, "dtype", type(mask).__name__)
+        raise ValueError(
+            f"expected bool masks, got {kind} at {path}: pass get_masks(opt_state)"
+        )
+    if shape is not None and mask.shape != shape:
+        raise ValueError(
+            f"{path} has shape {shape}, but its mask has shape {mask.shape}"
+        )
+
+
+def _check_step(step: Any) -> None:
+    """Raises a ValueError unless it is a number of updates, known or traced."""
+    is_whole = isinstance(step, int | np.integer) and not isinstance(step, bool)
+    if isinstance(step, jax.Array | np.ndarray):
+        is_whole = step.ndim == 0 and jnp.issubdtype(step.dtype, jnp.integer)
+    if not is_whole or (isinstance(step, int) and step < 0):
+        raise ValueError(
+            f"step is the number of updates that are complete, a whole number, got "
+            f"{describe(step)}"
+        )
 
 
 def map_masked(
@@ -321,11 +364,12 @@ def sparsity(masks: PyTree) -> dict[str, float]:
     """
     paths, leaves, _ = flatten_with_paths(masks)
     for path, mask in zip(paths, leaves, strict=True):
-        if mask.dtype != bool:
-            raise ValueError(
-                f"expected bool masks, got {mask.dtype} at {path}: pass "
-                f"get_masks(opt_state)"
-            )
+        _check_mask(path, mask, None)
+    if "total" in paths:
+        raise ValueError(
+            "a parameter at the path 'total' has the name of the sum: put the masks "
+            "under a key, as in sparsity({'params': masks})"
+        )
     kept = count_nonzero(leaves)
     sizes = [mask.size for mask in leaves]
     result = {
@@ -347,7 +391,11 @@ def fingerprint(masks: PyTree) -> jax.Array:
     False
     """
     total = jnp.zeros((), jnp.uint32)
-    for number, mask in enumerate(jax.tree.leaves(masks), start=1):
+    if masks is None:
+        raise ValueError("expected masks, got None: pass get_masks(opt_state)")
+    paths, leaves, _ = flatten_with_paths(masks)
+    for number, (path, mask) in enumerate(zip(paths, leaves, strict=True), start=1):
+        _check_mask(path, mask, None)
         place = jnp.zeros((), jnp.uint32)
         for axis, size in enumerate(mask.shape):
             along = indices_along(mask, axis, jnp.uint32)
@@ -371,7 +419,7 @@ def _unchanged(leaf: Leaf) -> jax.Array:
     return leaf.mask
 
 
-def _as_array(step: int | jax.Array) -> jax.Array | np.ndarray:
+def _as_array(step: int | jax.Array) -> jax.Array | np.int32:
     """A step as jitted functions take it; all beyond int32 are alike."""
     lowest, highest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
     is_int = isinstance(step, int)

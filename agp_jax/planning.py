@@ -24,7 +24,7 @@ from agp_jax.rules import Rule, checked_rules, match_rules
 from agp_jax.structures import num_cells
 from agp_jax.thinning.cuts import cut_units
 from agp_jax.thinning.replay import thin_function
-from agp_jax.trees import PyTree, Shape, abstract_array, flatten_with_paths
+from agp_jax.trees import PyTree, Shape, abstract_array, expect, flatten_with_paths
 from agp_jax.units import RankedGroup, rank_groups
 
 
@@ -160,6 +160,9 @@ def plan(
     parameters: 48
     """
     rules = checked_rules(rules)
+    if couplings is not None:
+        expect(couplings, Couplings, "couplings from agp.find_couplings third")
+    expect(inputs, tuple | list, "the inputs of fn as a tuple, such as (x,)")
     matched = match_rules(rules, params)
     paths, leaves, treedef = flatten_with_paths(params)
     taken = dict(zip(paths, treedef.flatten_up_to(matched), strict=True))

@@ -18,7 +18,14 @@ from agp_jax.masks import (
 )
 from agp_jax.packing import PackedMask, pack, unpack
 from agp_jax.rules import Rule, checked_rules, match_rules
-from agp_jax.trees import PyTree, map_children, map_moments
+from agp_jax.trees import (
+    PyTree,
+    describe,
+    expect,
+    flatten_with_paths,
+    map_children,
+    map_moments,
+)
 
 
 class PruneState(NamedTuple):
@@ -93,6 +100,8 @@ def prune(
     >>> optax.apply_updates(params, updates)["kernel"].round(1)
     Array([3.9, 0. , 2.9, 0. ], dtype=float32)
     """
+    _check_arguments(inner, couplings, packed)
+    rules = checked_rules(rules)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> PruneState:
@@ -118,16 +127,16 @@ def prune(
             raise ValueError(
                 "prune needs the parameters: call tx.update(grads, state, params)"
             )
+        expect(state, PruneState, "the state that tx.init gave: update(grads, state)")
         params = _without_idle_leaves(params, updates)
-        checked = checked_rules(rules)
         step, stored, inner_state = _follow_rules(
             params,
-            updates if any(rule.scores_gradients for rule in checked) else None,
+            updates if any(rule.scores_gradients for rule in rules) else None,
             scores,
             state.step,
             state.masks,
             state.inner_state,
-            rules=checked,
+            rules=rules,
             couplings=couplings,
             packed=packed,
         )
@@ -144,6 +153,18 @@ def prune(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_arguments(inner: Any, couplings: Any, packed: Any) -> None:
+    if not isinstance(inner, optax.GradientTransformation):
+        advice = ", which makes one when called" if callable(inner) else ""
+        raise ValueError(
+            f"expected an optax optimizer first, as in prune(optax.adam(1e-3), rules), "
+            f"got {describe(inner)}{advice}"
+        )
+    if couplings is not None:
+        expect(couplings, Couplings, "couplings from agp.find_couplings")
+    expect(packed, bool, "packed=True or False")
 
 
 # Inside of a jitted step nothing is left of this `jit`. In a loop without one it keeps
@@ -243,12 +264,24 @@ def _without_idle_leaves(params: PyTree, updates: PyTree) -> PyTree:
 
     Equinox' models hold functions, strings and counters beside the parameters.
     """
-    return jax.tree.map(
-        lambda update, x: None if update is None else x,
-        updates,
-        params,
-        is_leaf=lambda x: x is None,
-    )
+    is_none = lambda x: x is None  # noqa: E731
+    try:
+        return jax.tree.map(
+            lambda update, x: None if update is None else x,
+            updates,
+            params,
+            is_leaf=is_none,
+        )
+    except ValueError:
+        found, own = (
+            set(flatten_with_paths(tree, is_leaf=is_none)[0])
+            for tree in (updates, params)
+        )
+        other = sorted(found ^ own)
+        raise ValueError(
+            "the gradients and the parameters are not of one structure"
+            + (f": only one of them has {other[0]}" if other else "")
+        ) from None
 
 
 def _in_the_form_of(stored: PyTree, masks: PyTree) -> PyTree:

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from agp_jax.schedules import Schedule, in_parts
 from agp_jax.structures import Structure, num_cells
-from agp_jax.trees import PyTree, Shape, flatten_with_paths
+from agp_jax.trees import PyTree, Shape, expect, flatten_with_paths
 
 _MAX_CELLS = 2**31 - 1
 _MAX_CELL_SIZE = 2**28
@@ -260,16 +260,18 @@ def _is_real(x: Any) -> bool:
     )
 
 
-def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+def checked_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """The rules, if they are some: a ValueError tells what they are instead."""
     if isinstance(rules, Rule):
-        raise ValueError(f"expected a list of rules, got one: [{rules}]")
+        raise ValueError(f"expected a list of rules, got one: [{rules!r}]")
+    expect(rules, Iterable, "a list of agp.Rule")
+    rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
             raise ValueError(f"expected a list of agp.Rule, got {rule!r} in it")
         if rule.structure and not rule.schedule:
             raise ValueError(f"{rule} has a structure but no schedule to follow")
-    return tuple(rules)
+    return rules
 
 
 def _explain_idle(
@@ -292,6 +294,16 @@ def _explain_idle(
         return (
             f"{rule} matches no floating point parameter, only "
             f"{', '.join(paths[i] for i in matches[:3])}"
+        )
+    if not paths:
+        return f"{rule} matches no parameter, for there are none"
+    parts = [path for path in paths if re.search(rule.pattern, path)]
+    if parts:
+        pattern = f".*{rule.pattern}.*"
+        whole = pattern if re.fullmatch(pattern, parts[0]) else parts[0]
+        return (
+            f"{rule} matches a part of {parts[0]}, but a pattern must match the whole "
+            f"path, as {whole!r} does"
         )
     nearest = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.0)
     return f"{rule} matches no parameter; nearest: {', '.join(nearest)}"

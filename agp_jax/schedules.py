@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agp_jax.trees import expect
+
 _MAX_STEP = 2**31 - 1
 _MAX_EXACT_POWER = 64  # the integers of exact levels grow with the power
 _PLACES = 10**12  # levels of other powers are rounded to multiples of its inverse
@@ -61,13 +63,9 @@ class Schedule:
 
     def __post_init__(self):
         for name in ("begin_step", "end_step", "frequency"):
-            try:
-                value = operator.index(getattr(self, name))
-            except TypeError:
-                raise ValueError(
-                    f"{name} must be a whole number of steps, got "
-                    f"{getattr(self, name)!r}"
-                ) from None
+            value = _whole(
+                f"{name} must be a whole number of steps", getattr(self, name)
+            )
             object.__setattr__(self, name, value)
         for name in ("initial_sparsity", "final_sparsity", "power"):
             try:
@@ -206,11 +204,22 @@ class Schedule:
         )
 
 
+def _whole(what: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what}, got {value!r}") from None
+
+
 def _as_written(number: Any) -> float | Fraction:
     """The float that prints as `number` does; a `Fraction` where none does, as of 1/3.
 
     Narrow types print what was written, too: 0.1 in float32 is 0.1, whatever its bits.
     """
+    if isinstance(number, str | bool):
+        raise TypeError
     exact_types = numbers.Rational | Decimal
     written = Fraction(number if isinstance(number, exact_types) else str(number))
     nearest = float(written)
@@ -240,8 +249,10 @@ def in_parts(sparsity: float | Fraction, m: int) -> float | Fraction:
 def _as_step(step: int | jax.Array) -> int | jax.Array:
     """An int, or int32 of at least -1, from which any step can be subtracted."""
     if not isinstance(step, (jax.Array, np.ndarray)):
-        return operator.index(step)
+        return _whole("a step must be a whole number", step)
     step = jnp.asarray(step)
+    if not jnp.issubdtype(step.dtype, jnp.integer):
+        raise ValueError(f"a step must be a whole number, got {step.dtype}")
     if step.dtype.itemsize < 4:
         return jnp.maximum(step.astype(jnp.int32), -1)
     lowest = 0 if jnp.issubdtype(step.dtype, jnp.unsignedinteger) else -1
@@ -295,6 +306,10 @@ def schedule_within(
     >>> print(schedule_within(1000, 0.8, begin=0.25, end=0.75, frequency=250))
     3 events from step 250 to 750, every 250: sparsity 0 at 250, 0.7 at 500, 0.8 at 750
     """
+    if _whole("num_steps must be a whole number of steps", num_steps) < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    expect(begin, numbers.Real, "begin as a fraction of the run")
+    expect(end, numbers.Real, "end as a fraction of the run")
     if not 0 <= begin <= end <= 1:
         raise ValueError(
             f"a window must satisfy 0 <= begin <= end <= 1, fractions of the run, got "

@@ -7,10 +7,10 @@ convolution kernels are (height, width, in, out), dense kernels (in, out).
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from agp_jax.trees import Shape
+from agp_jax.trees import Shape, expect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ def block(shape: Sequence[int]) -> Structure:
     >>> block((1, 1, 8, 1)).box((3, 3, 16, 32))
     (1, 1, 8, 1)
     """
+    expect(shape, Iterable, "the sizes of a block, such as (1, 1, 8, 1)")
     sizes = tuple(_whole("the size of a block", size) for size in shape)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"a block needs sizes of at least 1, got {sizes}")
@@ -226,6 +227,8 @@ def _slabs(shape: Shape, axis: int, count: int | None = None) -> Shape:
 
 def _whole(name: str, value: Any) -> int:
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {value!r}") from None

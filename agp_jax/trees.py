@@ -57,6 +57,25 @@ def abstract_array(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
+def expect(value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """Raises a ValueError that says what was expected, unless it is of this kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"expected {what}, got {describe(value)}")
+
+
+def expect_function(value: Any, what: str) -> None:
+    """Raises a ValueError, unless `value` can be called."""
+    if not callable(value):
+        raise ValueError(f"expected {what}, got {describe(value)}")
+
+
+def describe(value: Any) -> str:
+    """What a value is, in a few words."""
+    text = repr(value)
+    short = text if len(text) <= 60 and "\n" not in text else "..."
+    return f"{type(value).__name__} {short}"
+
+
 def unflatten_around(
     treedef: PyTreeDef, leaves: Sequence[Any], absent: PyTree
 ) -> PyTree:

@@ -82,7 +82,9 @@ def test_kept_widths_are_rounded_up_to_a_multiple(round_to, kept):
     stays = kept_units(cut)
     assert len(stays) == kept
     assert {1, 4, 5} <= set(stays)
-    with pytest.raises(ValueError, match="round_to must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="round_to must be a whole number from 1 on, got 0"
+    ):
         agp.plan_cut(masks_without(0), COUPLINGS, round_to=0)
 
 

@@ -260,7 +260,7 @@ def test_a_loop_without_jit_compiles_its_masks_once(first):
         traced.append(weights.shape)
         return jnp.abs(weights)
 
-    rules = rule("w", score=score), rule("n", agp.n_m(1, 4), score=score)
+    rules = rule("w", score=score), rule("n", agp.n_of_m(1, 4), score=score)
     params = {"w": normal(0, TENSOR), "n": normal(1, (8, 3)), "other": "no array"}
     masks, calls = None, []
     for step in range(4):
@@ -312,7 +312,7 @@ def test_masks_may_be_made_under_vmap():
 
 
 def test_a_step_that_is_no_whole_number_is_refused():
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="a whole number, got float 1.5"):
         agp.make_masks({"w": jnp.ones(4)}, [rule()], 1.5)
 
 

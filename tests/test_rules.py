@@ -250,7 +250,7 @@ def test_a_rule_of_the_wrong_kind_is_an_error_that_names_the_value(options, name
 @pytest.mark.parametrize(
     "rules, named",
     [
-        (rule("a"), "list of rules.*rule 'a'"),
+        (rule("a"), "list of rules.*Rule.'a'"),
         (["kernel"], "'kernel'"),
         ([rule("a"), None], "None"),
         ("a", "'a'"),

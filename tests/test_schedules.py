@@ -113,7 +113,7 @@ def test_levels_of_other_powers_are_rounded_between_ends_that_are_exact(power):
         assert level == min(Fraction(round(exact * 10**12), 10**12), high)
 
 
-WRITTEN = [0.1, "0.1", Decimal("0.10"), Fraction(1, 10), np.float64(0.1)]
+WRITTEN = [0.1, Decimal("0.10"), Fraction(1, 10), np.float64(0.1)]
 WRITTEN += [np.float32(0.1), np.float16(0.1), np.array(0.1), jnp.float32(0.1)]
 
 

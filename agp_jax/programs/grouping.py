@@ -14,7 +14,7 @@ import numpy as np
 from agp_jax.couplings import Couplings, Group, Member
 from agp_jax.programs.analyses import Analysis, analyse, even_parts, stacked_atoms
 from agp_jax.programs.labels import Axis
-from agp_jax.trees import PyTree, Shape, abstract_array
+from agp_jax.trees import PyTree, Shape, abstract_array, expect_function
 
 
 def find_couplings(
@@ -36,6 +36,7 @@ def find_couplings(
         in   down[0]
         out  up[1]
     """
+    expect_function(fn, "a function first, as in find_couplings(predict, variables, x)")
     analysis = analyse(fn, variables, *inputs, freeze_outputs=True)
     _freeze_unread(analysis)
     slices = leaf_slices(analysis)

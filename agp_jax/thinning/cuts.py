@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agp_jax.couplings import Couplings, Group, Member, slice_flags
-from agp_jax.trees import PyTree, Shape, flatten_with_paths
+from agp_jax.trees import PyTree, Shape, describe, expect, flatten_with_paths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +74,7 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
 
     def then(self, later: "Cut") -> "Cut":
         """This cut and a later one of what it leaves, as one cut."""
+        expect_cut(later)
         for path, shape in later.shapes.items():
             if path not in self.shapes or self.thin_shape(path) != shape:
                 raise ValueError(
@@ -103,7 +104,40 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Cut":
-        """The cut that `to_dict` has saved."""
+        """The cut that `to_dict` has saved.
+
+        Raises:
+          ValueError: if it is none: something is missing, or an index is not along the
+            axis that it should be of.
+        """
+        try:
+            cut = cls._read(saved)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"expected a cut as Cut.to_dict() saves it, got {describe(saved)} "
+                f"({type(error).__name__}: {error})"
+            ) from None
+        for path, axes in cut.kept.items():
+            for axis, kept in axes.items():
+                shape = cut.shapes.get(path, ())
+                size = shape[axis] if 0 <= axis < len(shape) else 0
+                steps = np.diff(kept, axis=-1)
+                if (
+                    kept.dtype.kind != "i"
+                    or kept.ndim not in (1, 2)
+                    or not (
+                        0 <= kept.min(initial=0) <= kept.max(initial=0) < size
+                        and (steps > 0).all()
+                    )
+                ):
+                    raise ValueError(
+                        f"the cut keeps {kept.tolist()} of the {size} indices along "
+                        f"axis {axis} of {path}: expected increasing numbers of these"
+                    )
+        return cut
+
+    @classmethod
+    def _read(cls, saved: Mapping[str, Any]) -> "Cut":
         return cls(
             {
                 path: {int(axis): np.array(indices) for axis, indices in axes.items()}
@@ -149,8 +183,11 @@ def plan_cut(
     down: (8, 2) -> (6, 2)
     up: (4, 8) -> (4, 6)
     """
-    if round_to < 1:
-        raise ValueError(f"round_to must be at least 1, got {round_to}")
+    expect(couplings, Couplings, "couplings from agp.find_couplings second")
+    if masks is None:
+        raise ValueError("expected masks, got None: pass get_masks(opt_state)")
+    if not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"round_to must be a whole number from 1 on, got {round_to!r}")
     shapes = _shapes(couplings.variables)
     known = _checked_masks(masks, shapes)
     dead = [
@@ -164,6 +201,11 @@ def plan_cut(
     for group, flags in zip(couplings.groups, dead, strict=True):
         _keep_multiple(flags, round_to, group.num_units)
     return cut_units(couplings, dead)
+
+
+def expect_cut(cut: Any) -> None:
+    """Raises a ValueError unless it is a cut."""
+    expect(cut, Cut, "a cut from agp.plan_cut")
 
 
 def cut_units(couplings: Couplings, dead: Sequence[np.ndarray]) -> Cut:

@@ -21,7 +21,7 @@ from agp_jax.programs.jaxprs import (
     differentiable,
     scan_counts,
 )
-from agp_jax.thinning.cuts import Cut
+from agp_jax.thinning.cuts import Cut, expect_cut
 from agp_jax.thinning.remains import (
     Remains,
     derivative_of,
@@ -30,7 +30,13 @@ from agp_jax.thinning.remains import (
     kept_axes,
 )
 from agp_jax.thinning.resizing import RESIZED, take, thin_shape
-from agp_jax.trees import PyTree, Shape, abstract_array, flatten_with_paths
+from agp_jax.trees import (
+    PyTree,
+    Shape,
+    abstract_array,
+    expect_function,
+    flatten_with_paths,
+)
 
 
 def thin_function(
@@ -65,6 +71,10 @@ def thin_function(
     >>> smaller(agp.thin(params, cut), jnp.ones((1, 4)))
     Array([[24., 24.]], dtype=float32)
     """
+    expect_function(
+        fn, "a function first, as in thin_function(predict, variables, cut)"
+    )
+    expect_cut(cut)
     paths, leaves, treedef = flatten_with_paths(variables)
     _check_paths(paths, [abstract_array(x) for x in leaves], cut)
     known: dict[Any, Remains] = {}

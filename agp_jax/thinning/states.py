@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from agp_jax.packing import PackedMask
-from agp_jax.thinning.cuts import Cut
+from agp_jax.thinning.cuts import Cut, expect_cut
 from agp_jax.thinning.trees import is_packed, take_kept, thin, thin_leaf
 from agp_jax.trees import (
     PyTree,
@@ -48,6 +48,7 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
     >>> thin_opt_state(state, params, cut)[0].trace
     {'w': Array([0., 0.], dtype=float32)}
     """
+    expect_cut(cut)
     paths, leaves, _ = flatten_with_paths(params)
     thin(jax.tree.map(abstract_array, params), cut)  # has the cut these paths?
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from agp_jax.packing import PackedMask, pack, unpack
 from agp_jax.shardings import bring_together
-from agp_jax.thinning.cuts import Cut
+from agp_jax.thinning.cuts import Cut, expect_cut
 from agp_jax.trees import PyTree, flatten_with_paths
 
 
@@ -28,6 +28,7 @@ def thin(tree: PyTree, cut: Cut) -> PyTree:
     >>> thin({"bias": jnp.array([1.0, 2.0, 3.0])}, cut)
     {'bias': Array([1., 3.], dtype=float32)}
     """
+    expect_cut(cut)
     entries, treedef = jax.tree.flatten(tree, is_leaf=is_packed)
     numbered = treedef.unflatten(range(len(entries)))
     paths, _, _ = flatten_with_paths(numbered)
