@@ -293,6 +293,19 @@ def test_units_are_cut_out_and_a_smaller_model_trains_on(digits_dir, tmp_path):
     assert {(64, 16), (16, 8), (8, 10)} < shapes
 
 
+def test_steps_are_timed_without_what_was_compiled(digits_dir, tmp_path):
+    config = cut_config(digits_dir, steps=9, log_every=1, checkpoint_every=9)
+    config.prune.end_step = config.prune.cut_step = 5
+    summary = run_quietly(config, tmp_path)
+    records = read_metrics(tmp_path)
+    for name in ("seconds_per_step", "images_per_second"):
+        # A step that compiled, at the start and after the cut, is no measure of one.
+        assert [r["step"] for r in records if r[name] is None] == [1, 6]
+    for when, steps in (("before", range(2, 6)), ("after", range(7, 10))):
+        seconds = [r["seconds_per_step"] for r in records if r["step"] in steps]
+        assert summary["cut"][when]["seconds_per_step"] == np.median(seconds)
+
+
 @pytest.mark.parametrize("stopped_at", [15, 25])
 def test_a_run_resumes_before_and_after_its_cut(digits_dir, tmp_path, stopped_at):
     config = cut_config(digits_dir)

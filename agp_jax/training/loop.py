@@ -52,7 +52,7 @@ from agp_jax.training.records import (
     write_summary,
 )
 from agp_jax.training.steps import Sums, make_eval_step, make_train_step
-from agp_jax.training.tasks import Batch, Splits
+from agp_jax.training.tasks import Batch, Splits, Task
 from agp_jax.training.workdirs import WorkdirError, check_workdir
 from agp_jax.trees import PyTree
 
@@ -213,7 +213,7 @@ def _train(run: Run, state: State) -> tuple[Run, State]:
     first_step, taught = int(state.step), teacher_step(config)
     batches = run.splits.train(first_step)
     recent: list[Sums] = []  # on the devices: fetching them would wait
-    began = time.perf_counter()
+    compiled, untimed, began = None, 0, time.perf_counter()
     with reports.show_progress(run.console, first_step, config.steps) as show:
         for step in range(first_step + 1, config.steps + 1):
             if step - 1 == taught:
@@ -221,20 +221,37 @@ def _train(run: Run, state: State) -> tuple[Run, State]:
             batch = put_batch(next(batches), run.experiment.mesh)
             state, sums = run.train_step(state, batch)
             recent.append(sums)
+            if run.train_step is not compiled:  # it was now, which is no part of a step
+                jax.block_until_ready(sums)
+                compiled, untimed = run.train_step, len(recent)
+                began = time.perf_counter()
             if step % config.log_every and step < config.steps:
                 show(step, "")
                 continue
+            jax.block_until_ready(sums)  # or the clock would show when steps were asked
             seconds = time.perf_counter() - began
-            run, state, record = _take_stock(run, state, recent, seconds)
+            speed = _describe_speed(run.experiment.task, recent[untimed:], seconds)
+            run, state, record = _take_stock(run, state, recent, speed)
             show(step, reports.describe_record(run.experiment.task, record))
             if step % config.checkpoint_every == 0 or step == config.steps:
                 _save(run, state, record)
-            recent, began = [], time.perf_counter()
+            recent, untimed, began = [], 0, time.perf_counter()
     return run, state
 
 
+def _describe_speed(
+    task: Task, timed: Sequence[Sums], seconds: float
+) -> dict[str, float | None]:
+    """How fast steps were; None where there was none but what had to be compiled."""
+    num_items = sum(float(sums["count"]) for sums in jax.device_get(timed))
+    return {
+        "seconds_per_step": seconds / len(timed) if timed else None,
+        f"{task.item}s_per_second": num_items / seconds if timed else None,
+    }
+
+
 def _take_stock(
-    run: Run, state: State, recent: Sequence[Sums], seconds: float
+    run: Run, state: State, recent: Sequence[Sums], speed: Mapping[str, float | None]
 ) -> tuple[Run, State, dict[str, Any]]:
     """What is due after a window of steps: the cut, evaluation, a line of metrics."""
     step, config = int(state.step), run.experiment.config
@@ -243,15 +260,13 @@ def _take_stock(
         judged = f"test_{task.quality.name}"
         before_cut[f"masked_{judged}"] = _judge(run, state)[judged]
         run, state = _cut_out(run, state)
-    num_items = sum(float(sums["count"]) for sums in jax.device_get(recent))
     record = {
         **describe_training(run.experiment, state, recent),
         "average_weights": run.course.average_weights(step),
         **_judge(run, state),
         **before_cut,
         "learning_rate": rate_of_step(config, state.opt_state, step),
-        "seconds_per_step": seconds / len(recent),
-        f"{task.item}s_per_second": num_items / seconds,
+        **speed,
     }
     loss = record[f"{_judging_split(run)}_loss"]
     state = state._replace(opt_state=note_loss(config, state.opt_state, loss, step))
@@ -377,8 +392,8 @@ def _describe_cut(
             "seconds_per_step": float(np.median(seconds)) if seconds else None,
         }
 
-    # Records of earlier versions have no such seconds.
-    timed = [r for r in records if "seconds_per_step" in r]
+    # Some windows have none, and neither do records of earlier versions.
+    timed = [r for r in records if r.get("seconds_per_step") is not None]
     before = [r["seconds_per_step"] for r in timed if r["step"] <= cut_step]
     after = [r["seconds_per_step"] for r in timed if r["step"] > cut_step]
     return {

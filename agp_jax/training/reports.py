@@ -234,9 +234,8 @@ def describe_record(task: Task, record: Mapping[str, Any]) -> str:
     speed = record[f"{task.item}s_per_second"]
     return (
         f"loss {record['loss']:.4f}  train {form(record[f'train_{name}'])}  "
-        f"test {form(record[f'test_{name}'])}  sparsity {record['sparsity']:.2%}  "
-        f"{speed:,.0f} {task.item}s/s"
-    )
+        f"test {form(record[f'test_{name}'])}  sparsity {record['sparsity']:.2%}"
+    ) + (f"  {speed:,.0f} {task.item}s/s" if speed else "")
 
 
 def announce(
