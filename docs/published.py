@@ -76,7 +76,7 @@ def render(plans: Mapping[str, Plan]) -> str:
         macs = f"{after.macs:,} ({after.macs / before.macs:.2%})" if cut else "-"
         lines.append(
             f"| `{name}` | {before.weight_params:,} | {params} | {plan.nonzero:,} "
-            f"| {100 * plan.sparsity:.5f} % | {before.macs:,} | {macs} |"
+            f"| {100 * plan.sparsity_left:.5f} % | {before.macs:,} | {macs} |"
         )
     lines += [
         "",

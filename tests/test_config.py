@@ -12,6 +12,7 @@ from agp_jax.training.config import (
     ConfigError,
     Optimizer,
     Prune,
+    list_events,
     make_rules,
     to_dict,
     validate,
@@ -150,3 +151,17 @@ def test_learning_rates_follow_their_formulas():
     expected = np.where(steps < 30, 0.2, np.where(steps < 60, 0.1, 0.05))
     np.testing.assert_allclose(stepped, expected, rtol=1e-6)
     np.testing.assert_allclose(rates(decay="none"), 0.2)
+
+
+def test_events_are_steps_at_which_weights_go():
+    rules = [
+        agp.dense("head/kernel"),
+        agp.Rule(
+            "a",
+            agp.element(),
+            agp.polynomial_schedule(0.5, begin_step=10, end_step=20, frequency=5),
+        ),
+        agp.Rule("b", agp.element(), agp.one_shot(0.5, step=12)),
+    ]
+    assert list_events(rules) == [12, 15, 20]  # the first of the curve removes none
+    assert list_events([]) == []

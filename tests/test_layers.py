@@ -100,15 +100,18 @@ ORDER += [
     "training.experiment",  # a config made concrete
     "training.steps",  # its jitted steps
     "training.courses",  # weights and work over training
-    "training.plans",  # what a run will end with
     "training.counts",  # how much of every kernel is left
+    "training.plans",  # what a run will end with
     "training.processes",  # how several train one model
     "training.evaluation",  # how good and how sparse a state is
     "training.workdirs",  # the home of a run
     "training.checkpoint",  # what it can go on from
     "training.sampling",  # text that a trained model writes
     "training.records",  # what it writes for programs
-    "training.reports",  # and tells people
+    "training.printing",  # sentences and tables that fit a console
+    "training.progress",  # how far a run is
+    "training.pictures",  # its quality and sparsity
+    "training.reports",  # and what it tells people
     "training.loop",  # the run itself
 ]
 

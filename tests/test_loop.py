@@ -77,9 +77,9 @@ def test_a_run_leaves_what_it_learned(uninterrupted, config):
     assert records[-1]["loss"] < records[0]["loss"]
 
     summary = json.loads((uninterrupted / "summary.json").read_text())
-    assert summary["step"] == 30 and summary["params"] == sum(sizes)
+    assert summary["step"] == 30 and summary["weights"] == sum(sizes)
     assert summary["nonzero"] == sum(size - int(0.8 * size) for size in sizes)
-    assert summary["sparsity"] == 1 - summary["nonzero"] / summary["params"]
+    assert summary["sparsity"] == 1 - summary["nonzero"] / summary["weights"]
     assert summary["all_params"] == sum(sizes) + 32 + 16 + 10
     assert summary["test_accuracy"] == records[-1]["test_accuracy"]
     assert summary["config"]["prune"]["final_sparsity"] == 0.8
@@ -279,11 +279,13 @@ def test_units_are_cut_out_and_a_smaller_model_trains_on(digits_dir, tmp_path):
     before, after = summary["cut"]["before"], summary["cut"]["after"]
     assert before["weights"] == before["macs"] == 64 * 32 + 32 * 16 + 16 * 10
     assert after["weights"] == after["macs"] == 64 * 16 + 16 * 8 + 8 * 10
-    assert after["params"] == after["weights"] + 16 + 8 + 10
+    assert before["all_params"] == before["weights"] + 32 + 16 + 10
+    assert after["all_params"] == after["weights"] + 16 + 8 + 10
     assert after["test_accuracy"] == before["test_accuracy"]
-    assert summary["all_params"] == after["params"]
-    assert summary["params"] == before["weights"]
+    for name in ("weights", "all_params", "macs"):
+        assert summary[name] == before[name]  # of which its sparsity is a fraction
     assert summary["nonzero"] == after["weights"]
+    assert summary["sparsity"] == 1 - after["weights"] / before["weights"]
     records = read_metrics(tmp_path)
     assert [r["step"] for r in records] == list(range(5, 31, 5))
     assert [r["step"] for r in records if "masked_test_accuracy" in r] == [20]

@@ -82,7 +82,7 @@ def test_a_plan_needs_no_data_and_lets_the_run_follow(digits_dir, tmp_path):
     assert not (tmp_path / "no data").exists()
     assert json.loads((workdir / "plan.json").read_text()) == plan.to_dict()
     lines = [line.split() for line in console.file.getvalue().splitlines()]
-    assert ["10", "0.454545", "35.19%"] in lines  # of 22 steps per epoch
+    assert ["10", "0.5", "35.19%"] in lines  # of 22 steps per epoch
     assert ["weights", "2,720", "1,232", "45.2941%"] in lines
     config.data.dir = digits_dir
     assert run_quietly(config, workdir)["nonzero"] == plan.nonzero
@@ -92,10 +92,12 @@ def test_plan_json_has_events_tensors_and_totals(digits_dir):
     plan = make_plan(set_up(filters_then_elements(digits_dir))).to_dict()
     whole, rest = [64 * 32, 32 * 16, 16 * 10], [64 * 16, 16 * 8, 8 * 10]
     nonzero = [64 * 16, 16 * 8 // 4, 8 * 10 // 4]
-    assert plan["params_dense"] == plan["macs_dense"] == sum(whole)
-    assert plan["params"] == plan["macs"] == sum(rest)
+    assert plan["weights"] == plan["macs"] == sum(whole)
+    after = plan["cut"]["after"]
+    assert after["weights"] == after["macs"] == sum(rest)
+    assert after["all_params"] == sum(rest) + 16 + 8 + 10
     assert plan["nonzero"] == sum(nonzero)
-    np.testing.assert_allclose(plan["sparsity"], 100 * (1 - sum(nonzero) / sum(rest)))
+    np.testing.assert_allclose(plan["sparsity"], 1 - sum(nonzero) / sum(whole))
     assert [rule["steps"] for rule in plan["rules"]] == [
         [5, 10, 15, 20],
         [15, 20, 25, 30, 35],

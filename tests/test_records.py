@@ -6,6 +6,7 @@ import pytest
 
 from agp_jax.training.records import (
     append_metrics,
+    read_dense_summary,
     read_metrics,
     rewind_metrics,
     write_summary,
@@ -40,3 +41,22 @@ def test_the_summary_is_json(tmp_path):
     path = write_summary(tmp_path, {"sparsity": 0.9})
     assert json.loads(path.read_text()) == {"sparsity": 0.9}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_dense_run_of_the_same_experiment_is_found_beside_a_run(tmp_path):
+    def config(seed, enabled):
+        return {"seed": seed, "prune": {"enabled": enabled}, "distill": {}}
+
+    def write(name, summary):
+        (tmp_path / name).mkdir()
+        write_summary(tmp_path / name, summary)
+
+    pruned = tmp_path / "pruned"
+    write("pruned", {"config": config(0, True), "test_accuracy": 0.7})
+    write("other seed", {"config": config(1, False), "test_accuracy": 0.8})
+    write("foreign", {"config": "none of ours"})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "summary.json").write_text("{")
+    assert read_dense_summary(pruned, config(0, True)) is None
+    write("dense", {"config": config(0, False), "test_accuracy": 0.9})
+    assert read_dense_summary(pruned, config(0, True))["test_accuracy"] == 0.9

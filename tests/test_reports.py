@@ -1,53 +1,109 @@
-"""What a run shows: a table, a picture and its progress."""
+"""What a run prints, at the widths of terminals and in files."""
 
-import numpy as np
-from PIL import Image
+import io
+
+import pytest
 from rich.console import Console
 
+import agp_jax as agp
 from agp_jax.training import reports
 from agp_jax.training.counts import TensorCount
-from agp_jax.training.tasks import Quality
+from agp_jax.training.tasks import Quality, Task
 
 ACCURACY = Quality("accuracy", ".2%", higher_is_better=True)
+TASK = Task(*[None] * 3, "image", *[None] * 3, ACCURACY, None)
+COUNTS = [
+    TensorCount("conv/kernel", (1, 4), (1, 4), 2, 0.8, "rule"),
+    TensorCount("head0/kernel", (3, 2), (3, 2), 6, None, "tensor"),
+    TensorCount("head1/kernel", (3, 2), (3, 2), 6, None, "tensor"),
+]
+CUT = [
+    TensorCount("conv/kernel", (4, 4), (4, 2), 8, 0.5, "units"),
+    TensorCount("head/kernel", (4, 2), (2, 2), 4, None, "tensor"),
+]
 
 
-def test_the_table_has_a_line_per_tensor_and_the_totals():
-    counts = [
-        TensorCount("conv/kernel", (1, 4), 2, 0.8, "rule"),
-        TensorCount("head/kernel", (3, 2), 6, None, "tensor"),
+@pytest.fixture(params=[80, 120, None], ids=lambda width: f"{width}")
+def printed(request):
+    """The lines that a terminal of each width gets, and a file; split into words."""
+
+    def print_with(print_it):
+        width = request.param
+        console = Console(
+            file=io.StringIO(),
+            force_terminal=width is not None,
+            width=width,
+            color_system=None,
+        )
+        print_it(console)
+        lines = console.file.getvalue().splitlines()
+        assert all(line == line.rstrip() for line in lines)
+        assert all(len(line) <= (width or 999) for line in lines)
+        return [line.split() for line in lines]
+
+    return print_with
+
+
+def test_the_table_has_a_line_for_equal_tensors_and_the_totals(printed):
+    assert printed(lambda console: reports.print_counts(console, COUNTS)) == [
+        ["tensor", "shape", "non-zero", "each", "sparsity", "asked", "for"],
+        ["conv/kernel", "1x4", "2", "50.00%", "80%", "of", "all"],
+        ["head[0-1]/kernel", "3x2", "6", "0.00%", "dense"],
+        ["total", "14", "12.50%", "20%"],
     ]
-    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))
-    with console.file:
-        reports.print_table(console, counts)
-        lines = [line.split() for line in console.export_text().splitlines()]
-    assert ["conv/kernel", "1x4", "4", "2", "50.00%", "80.00%", "of", "all"] in lines
-    assert ["head/kernel", "3x2", "6", "6", "0.00%", "dense"] in lines
-    assert ["total", "10", "8", "20.00%", "32.00%"] in lines
 
 
-def test_the_picture_is_a_png_that_shows_the_curves(tmp_path):
-    records = [
-        {"step": i, "sparsity": i / 9, "sparsity_target": i / 9, "test_accuracy": 0.5}
-        for i in range(9)
+def test_after_a_cut_the_table_has_both_shapes_and_the_whole_as_its_basis(printed):
+    assert printed(lambda console: reports.print_counts(console, CUT)) == [
+        ["tensor", "before", "after", "non-zero", "sparsity"],
+        ["conv/kernel", "4x4", "4x2", "8", "50.00%"],
+        ["head/kernel", "4x2", "2x2", "4", "50.00%"],
+        ["total", "12", "50.00%"],
     ]
-    drawn = np.asarray(Image.open(reports.plot_metrics(tmp_path, records, ACCURACY)))
-    empty = np.asarray(Image.open(reports.plot_metrics(tmp_path, [], ACCURACY)))
-    assert drawn.shape == empty.shape and drawn.std() > empty.std() > 0
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
-    with reports.show_progress(Console(), 0, 100) as show:
-        show(1, "")
-        show(50, "loss 0.5")
-        show(51, "")
-    assert capsys.readouterr().out.splitlines() == ["step 50/100  loss 0.5"]
+def test_the_result_has_the_model_before_and_after_its_cut(printed):
+    sizes = {"weights": 24, "all_params": 30, "macs": 24}
+    parts = {
+        "before": sizes | {"test_accuracy": 0.75, "seconds_per_step": 0.25},
+        "after": {**sizes, "weights": 12, "test_accuracy": 0.75}
+        | {"seconds_per_step": None},
+    }
+    summary = {"test_accuracy": 0.875, "weights": 24, "nonzero": 12, "sparsity": 0.5}
+    summary["cut"] = parts
+    lines = printed(lambda c: reports.print_result(c, TASK, CUT, summary))
+    assert ["the", "cut", "before", "after"] in lines
+    assert ["weights", "24", "12"] in lines
+    assert ["seconds", "per", "step", "0.2500"] in lines  # none was timed after it
+    sentence = "test accuracy 87.50% with 12 of 24 weights left, sparsity 50.00%"
+    assert lines[-1] == sentence.split()
+    summary["cut"] = None
+    lines = printed(lambda c: reports.print_result(c, TASK, CUT, summary))
+    assert ["weights", "24", "12"] not in lines
 
 
-def test_progress_is_a_live_line_on_a_terminal(capsys):
-    console = Console(force_terminal=True, width=80)
-    with reports.show_progress(console, 20, 100) as show:
-        show(50, "loss 0.5")
-        show(60, "")
-    output = capsys.readouterr().out
-    assert "60/100" in output and "loss 0.5" in output
-    assert output.count("\n") == 1  # one line that changes
+def test_a_record_is_described_by_its_figures():
+    record = {"loss": 0.5, "train_accuracy": 0.9, "test_accuracy": 0.8, "sparsity": 0.7}
+    figures = reports.describe_record(TASK, record | {"images_per_second": 1234.5})
+    assert list(figures.values()) == [
+        "loss 0.5000",
+        "train 90.00%",
+        "test 80.00%",
+        "sparsity 70.00%",
+        "1,234 images/s",
+    ]
+    figures = reports.describe_record(TASK, record | {"images_per_second": None})
+    assert "speed" not in figures  # where all steps were compiled
+
+
+def test_of_many_events_a_plan_shows_both_ends(printed):
+    def lines(frequency):
+        schedule = agp.polynomial_schedule(
+            0.5, begin_step=0, end_step=1000, frequency=frequency
+        )
+        return printed(lambda c: reports._print_events(c, schedule, 60))
+
+    few, many = lines(100), lines(1)
+    assert few[1:3] == [["0", "0.0", "0.00%"], ["100", "1.7", "13.55%"]]
+    assert len(few) == 12 and few[-1] == ["1,000", "16.7", "50.00%"]
+    assert len(many) == 26 and ["..."] * 3 in many and many[-1] == few[-1]

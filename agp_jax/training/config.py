@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from agp_jax.data import DATASETS
 from agp_jax.data.augmentations import AUGMENTATIONS
 from agp_jax.data.corpora import CORPORA, corpus_facts
@@ -439,6 +441,15 @@ def last_event(rules: Iterable[Rule]) -> int:
     """The step from which on all rules are at their final sparsity."""
     schedules = {rule.schedule for rule in rules if rule.schedule}
     return max((int(s.events()[0][-1]) for s in schedules), default=0)
+
+
+def list_events(rules: Iterable[Rule]) -> list[int]:
+    """The steps at which any of the rules removes more than before."""
+    steps = set()
+    for schedule in {rule.schedule for rule in rules if rule.schedule}:
+        events, levels = schedule.events()
+        steps.update(events[np.diff(levels, prepend=0.0) > 0].tolist())
+    return sorted(steps)
 
 
 def teacher_step(config: Config) -> int | None:

@@ -13,13 +13,15 @@ from agp_jax.trees import PyTree, flatten_with_paths
 class TensorCount(NamedTuple):
     """One kernel or table of rows, and how much of it is left.
 
-    `shape` is that before any cut. `target` is the sparsity its rule asks for: of it,
-    of all tensors of the rule, of the units that it is part of or of the rest that a
-    cut has left, as `target_of` says; None where no rule prunes it.
+    `shape` is that before any cut, `left` the one after it; what was cut out counts as
+    zero. `target` is the sparsity its rule asks for: of it, of all tensors of the rule,
+    of the units that it is part of or of the rest that a cut has left, as `target_of`
+    says; None where no rule prunes it.
     """
 
     path: str
     shape: tuple[int, ...]
+    left: tuple[int, ...]
     nonzero: int
     target: float | None
     target_of: Literal["tensor", "rule", "units", "rest"]
@@ -56,6 +58,7 @@ def count_weights(
         TensorCount(
             whole.path,
             whole.shape,
+            array.shape,
             nonzero,
             rule.schedule.sparsity_at(step) if rule else None,
             _target_of(rule, coupled, is_cut=array.shape != whole.shape),
@@ -76,6 +79,15 @@ def _target_of(rule: Rule | None, coupled: bool, *, is_cut: bool) -> Any:
     if rule.prunes_units and (coupled or is_cut):
         return "units"
     return "rest" if is_cut and rule.scope == "tensor" else rule.scope
+
+
+def describe_cost(cost: Cost) -> dict[str, int]:
+    """The size of a model in the words of `summary.json` and `plan.json`."""
+    return {
+        "weights": cost.weight_params,
+        "all_params": cost.subtree("params").params,
+        "macs": cost.macs,
+    }
 
 
 def total_sparsity(counts: Sequence[TensorCount]) -> float:

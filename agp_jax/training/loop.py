@@ -17,8 +17,15 @@ from rich.console import Console
 from agp_jax.costs import Cost
 from agp_jax.thinning.cuts import Cut
 from agp_jax.training import checkpoint, reports
-from agp_jax.training.config import Config, default_dict, teacher_step, to_dict
-from agp_jax.training.counts import total_sparsity, total_target
+from agp_jax.training.config import (
+    Config,
+    default_dict,
+    list_events,
+    teacher_step,
+    to_dict,
+    validate,
+)
+from agp_jax.training.counts import describe_cost, total_sparsity, total_target
 from agp_jax.training.courses import Course, make_course, training_macs
 from agp_jax.training.evaluation import (
     EvalStep,
@@ -42,10 +49,14 @@ from agp_jax.training.experiment import (
 )
 from agp_jax.training.meshes import put_batch
 from agp_jax.training.optimizers import note_loss, rate_of_step
+from agp_jax.training.pictures import Baseline, plot_metrics
 from agp_jax.training.plans import Plan, find_twin, make_plan
+from agp_jax.training.printing import say
 from agp_jax.training.processes import check_same, failing_together
+from agp_jax.training.progress import show_progress, show_wait
 from agp_jax.training.records import (
     append_metrics,
+    read_dense_summary,
     read_metrics,
     rewind_metrics,
     write_plan,
@@ -100,7 +111,7 @@ def run(
     if console is None:
         console = Console(quiet=jax.process_index() > 0)
     workdir = Path(workdir)
-    with failing_together():
+    with show_wait(console, "setting up"), failing_together():
         config = find_twin(config)
         experiment = set_up(config)
         splits = experiment.task.load()
@@ -109,30 +120,30 @@ def run(
     check_same([_checksum(config)], "the processes were started with different configs")
     check_workdir(workdir, to_dict(config), default_dict())
     with checkpoint.open_checkpoints(workdir) as manager:
-        course = make_course(experiment)
-        if resumes:
-            _check_saved(manager, splits)
-            experiment, state = _resume(experiment, manager)
-        else:
-            state = init_state(experiment, weights)
-        step = int(state.step)
+        with show_wait(console, "reading the checkpoint" if resumes else "starting"):
+            course = make_course(experiment)
+            if resumes:
+                _check_saved(manager, splits)
+                experiment, state = _resume(experiment, manager)
+            else:
+                state = init_state(experiment, weights)
+            step = int(state.step)
         with failing_together():
             if jax.process_index() == 0:
                 rewind_metrics(workdir, step)
         reports.announce(console, experiment, workdir, step)
-        run, state = _train(
-            Run(
-                experiment=experiment,
-                train_step=make_train_step(experiment),
-                eval_step=make_eval_step(experiment),
-                course=_course_of(course, experiment),
-                splits=splits,
-                manager=manager,
-                workdir=workdir,
-                console=console,
-            ),
-            state,
+        run = Run(
+            experiment=experiment,
+            train_step=make_train_step(experiment),
+            eval_step=make_eval_step(experiment),
+            course=_course_of(course, experiment),
+            splits=splits,
+            manager=manager,
+            workdir=workdir,
+            console=console,
         )
+        if step < experiment.config.steps:
+            run, state = _train(run, state)
         return _finish(run, state)
 
 
@@ -147,16 +158,14 @@ def show_plan(
       ConfigError: if the config is not fit to run.
       WorkdirError: if `plan.json` cannot be written.
     """
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console.width = 120  # tables in a file keep paths whole
-    experiment = set_up(find_twin(config))
-    plan = make_plan(experiment)
+    console = console or Console()
+    with show_wait(console, "planning"):
+        experiment = set_up(find_twin(config))
+        plan = make_plan(experiment)
     reports.print_plan(console, plan, experiment)
     if workdir is not None:
         path = write_plan(Path(workdir), plan)
-        console.print(f"wrote {path}", soft_wrap=True)
+        say(console, f"wrote {path}")
     return plan
 
 
@@ -214,10 +223,12 @@ def _train(run: Run, state: State) -> tuple[Run, State]:
     batches = run.splits.train(first_step)
     recent: list[Sums] = []  # on the devices: fetching them would wait
     compiled, untimed, began = None, 0, time.perf_counter()
-    with reports.show_progress(run.console, first_step, config.steps) as show:
+    with show_progress(run.console, first_step, config.steps) as show:
         for step in range(first_step + 1, config.steps + 1):
             if step - 1 == taught:
                 run, state = _appoint_teacher(run, state)
+            if run.train_step is not compiled:
+                show(step - 1, doing="compiling")
             batch = put_batch(next(batches), run.experiment.mesh)
             state, sums = run.train_step(state, batch)
             recent.append(sums)
@@ -226,14 +237,16 @@ def _train(run: Run, state: State) -> tuple[Run, State]:
                 compiled, untimed = run.train_step, len(recent)
                 began = time.perf_counter()
             if step % config.log_every and step < config.steps:
-                show(step, "")
+                show(step)
                 continue
             jax.block_until_ready(sums)  # or the clock would show when steps were asked
             seconds = time.perf_counter() - began
             speed = _describe_speed(run.experiment.task, recent[untimed:], seconds)
+            show(step, doing="evaluating")
             run, state, record = _take_stock(run, state, recent, speed)
             show(step, reports.describe_record(run.experiment.task, record))
             if step % config.checkpoint_every == 0 or step == config.steps:
+                show(step, doing="saving")
                 _save(run, state, record)
             recent, untimed, began = [], 0, time.perf_counter()
     return run, state
@@ -257,18 +270,19 @@ def _take_stock(
     step, config = int(state.step), run.experiment.config
     task, before_cut = run.experiment.task, {}
     if step == config.prune.cut_step and run.experiment.couplings:
-        judged = f"test_{task.quality.name}"
-        before_cut[f"masked_{judged}"] = _judge(run, state)[judged]
+        name = f"test_{task.quality.name}"
+        before_cut[f"masked_{name}"] = _judge(run, state)[name]
         run, state = _cut_out(run, state)
+    judged = _judge(run, state)
     record = {
         **describe_training(run.experiment, state, recent),
         "average_weights": run.course.average_weights(step),
-        **_judge(run, state),
+        **judged,
         **before_cut,
         "learning_rate": rate_of_step(config, state.opt_state, step),
         **speed,
     }
-    loss = record[f"{_judging_split(run)}_loss"]
+    loss = judged[f"{_judging_split(run)}_loss"]
     state = state._replace(opt_state=note_loss(config, state.opt_state, loss, step))
     if jax.process_index() == 0:
         append_metrics(run.workdir, record)
@@ -349,19 +363,42 @@ def _finish(run: Run, state: State) -> dict | None:
         "sparsity": total_sparsity(counts),
         "sparsity_target": total_target(counts),
         "nonzero": sum(c.nonzero for c in counts),
-        "params": sum(c.weights for c in counts),
-        "all_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        **describe_cost(experiment.whole_cost),
         **_describe_training(run),
         "cut": _describe_cut(experiment, records) if experiment.cut else None,
         "config": to_dict(experiment.config),
     }
     written = [
         write_summary(run.workdir, summary),
-        reports.plot_metrics(run.workdir, records, quality),
+        plot_metrics(
+            run.workdir,
+            records,
+            quality,
+            events=list_events(validate(experiment.config)),
+            cut_step=experiment.config.prune.cut_step if experiment.cut else None,
+            baseline=_find_baseline(run),
+        ),
     ]
     reports.print_result(run.console, experiment.task, counts, summary)
-    run.console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+    for path in written:
+        say(run.console, f"wrote {path}")
     return summary
+
+
+def _find_baseline(run: Run) -> Baseline | None:
+    """How good the dense model is: of a run beside this one, or else as published."""
+    config, name = run.experiment.config, run.experiment.task.quality.name
+    if not config.prune.enabled:
+        return None
+    summary = read_dense_summary(run.workdir, to_dict(config))
+    if summary is not None:
+        return Baseline("dense", summary[f"test_{name}"])
+    published = config.published
+    if published and name == "accuracy" and published.base_top1:
+        return Baseline("dense, published", float(published.base_top1) / 100)
+    if published and name == "perplexity" and published.base_perplexity:
+        return Baseline("dense, published", float(published.base_perplexity))
+    return None
 
 
 def _describe_training(run: Run) -> dict[str, Any]:
@@ -385,9 +422,7 @@ def _describe_cut(
 
     def describe(cost: Cost, quality: float, seconds: list[float]) -> dict[str, Any]:
         return {
-            "weights": cost.weight_params,
-            "params": cost.subtree("params").params,
-            "macs": cost.macs,
+            **describe_cost(cost),
             judged: quality,
             "seconds_per_step": float(np.median(seconds)) if seconds else None,
         }

@@ -20,6 +20,7 @@ from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
 from agp_jax.thinning.trees import thin
 from agp_jax.training.config import Config, ConfigError, Distill, last_event
+from agp_jax.training.counts import describe_cost
 from agp_jax.training.courses import (
     count_nonzero_by_path,
     make_course,
@@ -85,18 +86,27 @@ class Plan:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of zeros among the weights after any cut."""
+        """The fraction of the weights that is zero in the end or has been cut out."""
+        return 1.0 - self.nonzero / self.before.weight_params
+
+    @property
+    def sparsity_left(self) -> float:
+        """The fraction of zeros among the weights after any cut, as published."""
         return 1.0 - self.nonzero / self.after.weight_params
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything is cut out."""
+        return any(t.before.shape != t.after.shape for t in self.tensors)
+
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values, the sparsity in percent."""
+        """The plan as JSON values, in the words of a run's summary."""
+        before, after = (describe_cost(cost) for cost in (self.before, self.after))
         return {
-            "params_dense": self.before.weight_params,
-            "params": self.after.weight_params,
+            "sparsity": self.sparsity,
             "nonzero": self.nonzero,
-            "sparsity": 100 * self.sparsity,
-            "macs_dense": self.before.macs,
-            "macs": self.after.macs,
+            **before,
+            "cut": {"before": before, "after": after} if self.is_cut else None,
             "average_weights": self.average_weights,
             "training_macs": self.training_macs,
             "rules": [_describe_rule(rule) for rule in self.rules],
@@ -106,8 +116,8 @@ class Plan:
                     "published_name": tensor.published_name,
                     "rules": [rule.pattern for rule in tensor.rules],
                     "cells": tensor.cells,
-                    "shape_dense": list(tensor.before.shape),
-                    "shape": list(tensor.after.shape),
+                    "shape": list(tensor.before.shape),
+                    "shape_left": list(tensor.after.shape),
                     "nonzero": tensor.after.nonzero,
                 }
                 for tensor in self.tensors

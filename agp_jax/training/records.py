@@ -9,7 +9,7 @@ from typing import Any
 from agp_jax.training.plans import Plan
 from agp_jax.training.workdirs import WorkdirError
 
-_METRICS = "metrics.jsonl"
+_METRICS, _SUMMARY = "metrics.jsonl", "summary.json"
 
 
 def append_metrics(workdir: Path, record: Mapping[str, Any]) -> None:
@@ -52,9 +52,32 @@ def rewind_metrics(workdir: Path, step: int) -> None:
 
 def write_summary(workdir: Path, summary: Mapping[str, Any]) -> Path:
     """Writes `summary.json`."""
-    path = workdir / "summary.json"
+    path = workdir / _SUMMARY
     _write_atomically(path, json.dumps(summary, indent=2) + "\n")
     return path
+
+
+def read_dense_summary(
+    workdir: Path, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The summary of the same experiment without pruning, of a run beside `workdir`.
+
+    None where no directory beside it holds one that has finished.
+    """
+
+    def without_pruning(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in config.items() if k not in ("prune", "distill")}
+
+    for path in sorted(workdir.resolve().parent.glob(f"*/{_SUMMARY}")):
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            other = summary["config"]
+            is_dense = not other["prune"]["enabled"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # somebody else's
+        if is_dense and without_pruning(other) == without_pruning(config):
+            return summary
+    return None
 
 
 def write_plan(workdir: Path, plan: Plan) -> Path:
