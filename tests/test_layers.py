@@ -4,6 +4,7 @@ A module imports only what stands before it. `docs/architecture.md` draws this o
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -186,8 +187,12 @@ def test_the_core_needs_jax_numpy_and_optax_alone(name):
     assert not others
 
 
+# What takes seconds to import, and a run needs once or not at all.
+HEAVY = {"sklearn", "matplotlib"}
+
+
 @each_file
-def test_imports_stand_at_the_top(name):
+def test_imports_stand_at_the_top_or_are_heavy(name):
     tree = parse(name)
     imports = (ast.Import, ast.ImportFrom)
     body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
@@ -199,7 +204,18 @@ def test_imports_stand_at_the_top(name):
     }
     for node in body[:head]:
         del late[id(node)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in HEAVY:
+            late.pop(id(node), None)
     assert not late, f"{name} imports on lines {sorted(late.values())}"
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    program = (
+        "import sys, agp_jax.training.loop; "
+        f"sys.exit(' '.join({HEAVY!r} & sys.modules.keys()) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @each_file

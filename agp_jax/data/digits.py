@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from agp_jax.data.sources import Source
 
@@ -15,6 +14,8 @@ def read_digits() -> tuple[dict[str, Source], list[str]]:
     goes to the test split; both splits then keep scikit-learn's order. The values 0..16
     become 0..255 as `value * 255 // 16`.
     """
+    from sklearn.datasets import load_digits
+
     digits: Any = load_digits()  # annotated by scikit-learn as what it seldom is
     images = (digits.images * 255 // 16).astype(np.uint8)[..., np.newaxis]
     labels = digits.target.astype(np.int32)

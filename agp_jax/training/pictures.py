@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agp_jax.training.tasks import Quality
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _QUALITY_COLOR, _SPARSITY_COLOR = "tab:blue", "tab:orange"
 _MAX_TICKS = 30  # events that are drawn one by one
@@ -48,6 +47,8 @@ def plot_metrics(
     Returns:
       The path of the picture, `sparsity_and_<quality>.png`.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 5 if len(events) else 3.2), layout="constrained")
     figure.suptitle(workdir.resolve().name, fontsize="medium")
     panels = figure.subplots(
@@ -83,12 +84,14 @@ def split_at_events(
 
 
 def _draw_quality(
-    panel: Axes,
+    panel: "Axes",
     records: Sequence[Mapping[str, Any]],
     quality: Quality,
     events: Sequence[int],
     baseline: Baseline | None,
 ) -> None:
+    from matplotlib.ticker import LogLocator
+
     in_percent = quality.form.endswith("%")
     scale = 100 if in_percent else 1
     name = f"test {quality.name}"
@@ -119,7 +122,7 @@ def _draw_quality(
         _write_at_end(panel, steps, values, quality.format(values[-1] / scale))
 
 
-def _draw_sparsity(panel: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+def _draw_sparsity(panel: "Axes", records: Sequence[Mapping[str, Any]]) -> None:
     panel.set(ylabel="sparsity of weights (%)", ylim=(0, 100))
     steps, values = _curve(records, "sparsity", 100)
     panel.plot(steps, values, color=_SPARSITY_COLOR, marker=".", label="reached")
@@ -139,7 +142,7 @@ def _curve(
 
 
 def _write_at_end(
-    panel: Axes, steps: Sequence[int], values: Sequence[float], text: str
+    panel: "Axes", steps: Sequence[int], values: Sequence[float], text: str
 ) -> None:
     panel.annotate(
         text,
@@ -151,7 +154,7 @@ def _write_at_end(
     )
 
 
-def _mark_events(panel: Axes, events: Sequence[int], label: str) -> None:
+def _mark_events(panel: "Axes", events: Sequence[int], label: str) -> None:
     """A tick at each event, or a band where they are many."""
     style = {"color": "grey", "linewidth": 1, "label": label}
     if len(events) > _MAX_TICKS:
