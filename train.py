@@ -5,31 +5,40 @@
     python train.py --config.prune.final_sparsity=0.95 --config.seed=1
     python train.py --config=configs/resnet50_filters_1.py --plan
 
-The same command again resumes a run that was stopped. On several hosts each runs the
-same command with --distributed; docs/pods.md has the rest. --plan trains nothing and
-needs no data: it shows what the run would end with, and writes it to plan.json if a
---workdir is given. --sample="The " has a trained language model go on with that text.
+The same command again resumes a run that was stopped. On several hosts each
+runs the same command with --distributed; docs/pods.md has the rest. --plan
+trains nothing and needs no data: it shows what the run would end with, and
+writes it to plan.json if a --workdir is given. --sample="The " has a trained
+language model go on with that text. --help lists all configs and their fields.
 """
 
+import ast
 import re
+import sys
+import textwrap
 import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+from rich.console import Console
 
-from agp_jax.data import DataError
-from agp_jax.models.torch_weights import WeightsError
-from agp_jax.training.config import ConfigError
-from agp_jax.training.loop import run, show_plan
-from agp_jax.training.processes import ProcessError, connect, leave
-from agp_jax.training.sampling import write_text
-from agp_jax.training.workdirs import WorkdirError
+with Console().status("starting"):  # these take seconds
+    from agp_jax.data import DataError
+    from agp_jax.models.torch_weights import WeightsError
+    from agp_jax.training.config import ConfigError
+    from agp_jax.training.fields import list_fields, nearest
+    from agp_jax.training.loop import run, show_plan
+    from agp_jax.training.processes import ProcessError, connect, leave
+    from agp_jax.training.sampling import write_text
+    from agp_jax.training.workdirs import WorkdirError
 
-_EMBEDDED = Path(__file__).parent / "configs" / "digits_resnet20_element_90.py"
+_CONFIGS = Path(__file__).parent / "configs"
+_EMBEDDED = _CONFIGS / "digits_resnet20_element_90.py"
+_HELP = ("--help", "-help", "-h", "-?")
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, f"The experiment, a file with get_config(); default: {_EMBEDDED}"
+    "config", None, "The experiment, a file with get_config(); by default the digits."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; by default runs/, named by the experiment."
@@ -105,17 +114,74 @@ def _config_file() -> Path:
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
+    if set(_HELP) & set(arguments):
+        print(_describe_usage(Console().width))
+        sys.exit()
     if not any(re.match("--?config(=|$)", argument) for argument in arguments):
         arguments = [arguments[0], f"--config={_EMBEDDED}", *arguments[1:]]
     try:
         rest = flags.FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+        options = [f"--{name}" for name in flags.FLAGS]
+        options += [f"--config.{field.name}" for field in list_fields()]
+        raise ConfigError(
+            f"there is no option --{error.flagname}; "
+            f"nearest: {nearest(f'--{error.flagname}', options)}"
+        ) from error
     except flags.Error as error:
         raise ConfigError(f"{_last_line(error)} (see --help)") from error
     except Exception as error:  # whatever a config file raises
+        _check_fields(arguments)
         raise ConfigError(f"{type(error).__name__}: {_last_line(error)}") from error
     if not _config_file().is_file():
-        raise ConfigError(f"there is no config file {_config_file()}")
+        names = [path.stem for path in _CONFIGS.glob("*.py")]
+        raise ConfigError(
+            f"there is no config file {_config_file()}; "
+            f"nearest: {nearest(_config_file().stem, names)} in {_CONFIGS}"
+        )
     return rest
+
+
+def _check_fields(arguments: list[str]) -> None:
+    """Whether all fields that are to be overridden are there."""
+    names = [field.name for field in list_fields()]
+    for argument in arguments:
+        found = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        if found and not any(f"{found[1]}.".startswith(f"{name}.") for name in names):
+            raise ConfigError(
+                f"a config has no field {found[1]!r}; "
+                f"nearest: {nearest(found[1], names)} (all of them: --help)"
+            )
+
+
+def _describe_usage(width: int) -> str:
+    """What `--help` prints: the options, the configs and the fields of a config."""
+
+    def entry(name: str, about: str) -> str:
+        indents = {"initial_indent": "      ", "subsequent_indent": "      "}
+        return f"  {name}\n" + textwrap.fill(about, width, **indents)
+
+    configs = []
+    for path in sorted(_CONFIGS.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(getattr(node, "name", "") == "get_config" for node in tree.body):
+            about = (ast.get_docstring(tree) or "").partition("\n\n")[0]
+            configs.append(entry(path.stem, " ".join(about.split())))
+    fields = [
+        entry(f"{field.name}={field.default!r}", field.about)
+        for field in list_fields()
+        if field.default is not None  # else it is none that a command can set
+    ]
+    return "\n".join(
+        [
+            __doc__ or "",
+            flags.FLAGS.main_module_help(),
+            "\nconfigs, of --config=configs/NAME.py:\n",
+            *configs,
+            "\nfields of a config and their defaults, of --config.FIELD=VALUE:\n",
+            *fields,
+        ]
+    )
 
 
 def _last_line(error: Exception) -> str:

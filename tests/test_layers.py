@@ -93,6 +93,7 @@ ORDER += [
     "training.published",  # what others have published
     "training.tasks",  # what is learned, as the loop sees it
     "training.config",  # an experiment as plain values
+    "training.fields",  # and its fields on the command line
     "training.distillation",  # what a model learns from its teacher
     "training.classification",  # the task of images
     "training.language",  # and that of text

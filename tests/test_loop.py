@@ -244,9 +244,11 @@ def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path):
     (tmp_path / "foreign" / "thesis.tex").touch()
     (tmp_path / "broken.py").write_text("def get_config(:")
     cases = {
-        "--config.prune.final=0.5": "Field final not found",
+        "--config.prune.final_sparsty=0.5": "nearest: prune.final_sparsity, ",
+        "--config.sed=1": "a config has no field 'sed'; nearest: seed, ",
+        "--steps=5": "there is no option --steps; nearest: --config.steps, ",
         "--config.seed=x": "invalid literal for int",
-        "--config=nowhere.py": "no config file nowhere.py",
+        "--config=nowhere.py": "no config file nowhere.py; nearest: ",
         f"--config={tmp_path / 'broken.py'}": "SyntaxError",
         f"--workdir={tmp_path / 'foreign'}": "thesis.tex",
         "surplus": "unexpected argument 'surplus'",

@@ -120,7 +120,10 @@ def run(
     check_same([_checksum(config)], "the processes were started with different configs")
     check_workdir(workdir, to_dict(config), default_dict())
     with checkpoint.open_checkpoints(workdir) as manager:
-        with show_wait(console, "reading the checkpoint" if resumes else "starting"):
+        with show_wait(
+            console,
+            "reading the checkpoint" if resumes else "making the initial weights",
+        ):
             course = make_course(experiment)
             if resumes:
                 _check_saved(manager, splits)
