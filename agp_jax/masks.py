@@ -284,17 +284,11 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     """
     if masks is None:
         raise ValueError("expected masks, got None: pass get_masks(opt_state)")
-    paths, leaves, treedef = flatten_with_paths(params)
-    found = leaves_of(masks, paths, "the masks")
-    return treedef.unflatten(
-        x if mask is None else _masked(path, x, mask)
-        for path, x, mask in zip(paths, leaves, found, strict=True)
+    return map_masked(
+        lambda mask, x: jnp.where(mask, x, jnp.zeros((), jnp.result_type(x))),
+        masks,
+        params,
     )
-
-
-def _masked(path: str, x: Any, mask: Any) -> jax.Array:
-    _check_mask(path, mask, jnp.shape(x))
-    return jnp.where(mask, x, jnp.zeros((), jnp.result_type(x)))
 
 
 def _check_mask(path: str, mask: Any, shape: Shape | None) -> None:
@@ -306,7 +300,9 @@ def _check_mask(path: str, mask: Any, shape: Shape | None) -> None:
         )
     if shape is not None and mask.shape != shape:
         raise ValueError(
-            f"{path} has shape {shape}, but its mask has shape {mask.shape}"
+            f"{path} has shape {shape}, but its mask has shape {mask.shape}. If one of "
+            f"them has been cut, cut the other: thin_opt_state(opt_state, params, cut) "
+            f"for the state of an optimizer, thin(tree, cut) for other trees"
         )
 
 
@@ -340,9 +336,17 @@ def map_masked(
 
 
 def masks_of_leaves(masks: PyTree, tree: PyTree) -> list[jax.Array | None]:
-    """The mask of each leaf of `tree`, matched by path; None where there is none."""
-    paths, _, _ = flatten_with_paths(tree)
-    return leaves_of(masks, paths, "the masks")
+    """The mask of each leaf of `tree`, matched by path; None where there is none.
+
+    Raises:
+      ValueError: if a mask has not the shape of its leaf.
+    """
+    paths, leaves, _ = flatten_with_paths(tree)
+    found = leaves_of(masks, paths, "the masks")
+    for path, leaf, mask in zip(paths, leaves, found, strict=True):
+        if mask is not None:
+            _check_mask(path, mask, jnp.shape(leaf))
+    return found
 
 
 def sparsity(masks: PyTree) -> dict[str, float]:

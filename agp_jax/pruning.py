@@ -20,6 +20,7 @@ from agp_jax.packing import PackedMask, pack, unpack
 from agp_jax.rules import Rule, checked_rules, match_rules
 from agp_jax.trees import (
     PyTree,
+    abstract_arrays,
     describe,
     expect,
     flatten_with_paths,
@@ -88,7 +89,9 @@ def prune(
 
     Raises:
       ValueError: when `init` or `update` is called or traced: as `match_rules` does,
-        if `params` is missing, or if a rule ranks by gradients at step 0.
+        if `params` is missing, or if a rule ranks by gradients at step 0; by `init`,
+        if the parameters hold what is no array and `inner` wants one; by `update`, if
+        parameters, masks or couplings have been cut and others of them have not.
 
     >>> import agp_jax as agp
     >>> rules = [agp.Rule("kernel", agp.element(), agp.one_shot(0.5, step=1))]
@@ -112,7 +115,7 @@ def prune(
         return PruneState(
             step=jnp.zeros((), jnp.int32),
             masks=_packed(masks) if packed else masks,
-            inner_state=inner.init(params),
+            inner_state=_first_state(inner, params),
         )
 
     def update(
@@ -246,6 +249,15 @@ def _unite(masks: PyTree, others: PyTree) -> PyTree:
             "one optimizer"
         )
     return map_children(_unite, masks, others)
+
+
+def _first_state(inner: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """The wrapped optimizer's own; what it cannot remember anything of is named."""
+    try:
+        return inner.init(params)
+    except TypeError:
+        abstract_arrays(params)
+        raise
 
 
 def _stands_for_parameters(params: PyTree) -> bool:

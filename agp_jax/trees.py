@@ -52,8 +52,17 @@ def flatten_with_paths(
     return paths, leaves, treedef
 
 
-def abstract_array(x: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of an array, without its numbers."""
+def abstract_array(x: Any, path: str = "") -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, without its numbers.
+
+    Raises:
+      ValueError: if it is none, such as a function or a string; `path` names it.
+    """
+    if not hasattr(x, "dtype") and not isinstance(x, bool | int | float | complex):
+        raise ValueError(
+            f"{path or 'a leaf'} is no array but {x!r}: give arrays alone; of an "
+            f"Equinox model those of eqx.partition(model, eqx.is_inexact_array)"
+        )
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
@@ -74,6 +83,16 @@ def describe(value: Any) -> str:
     text = repr(value)
     short = text if len(text) <= 60 and "\n" not in text else "..."
     return f"{type(value).__name__} {short}"
+
+
+def abstract_arrays(tree: PyTree) -> PyTree:
+    """`tree` of the shapes and dtypes of its arrays.
+
+    Raises:
+      ValueError: names the path of a leaf that is no array.
+    """
+    paths, leaves, treedef = flatten_with_paths(tree)
+    return treedef.unflatten(map(abstract_array, leaves, paths))
 
 
 def unflatten_around(

@@ -188,6 +188,26 @@ def test_parameters_that_init_did_not_see_are_refused():
         jax.eval_shape(tx.update, draw(1), state, draw(0))
 
 
+def test_what_is_no_array_is_named_where_the_optimizer_wants_one():
+    params = {"dense": {"kernel": jnp.ones((2, 2)), "activation": jax.nn.relu}}
+    tx = agp.prune(optax.adam(0.1), [agp.Rule(".*kernel", agp.element(), GRADUAL)])
+    with pytest.raises(ValueError, match="dense/activation is no array.*partition"):
+        tx.init(params)
+
+
+def test_masks_that_were_not_cut_with_their_parameters_are_refused():
+    tx = agp.prune(optax.sgd(0.1), [agp.Rule("w", agp.filters(), agp.one_shot(0.5))])
+    state = jax.eval_shape(tx.init, {"w": jnp.ones((3, 4))})
+    smaller = {"w": jnp.ones((3, 2))}
+    for rules in [], [agp.Rule("w", agp.filters(), agp.one_shot(0.5))]:
+        message = (
+            r"mask of w must have its shape \(3, 2\), got \(3, 4\).*thin_opt_state"
+        )
+        with pytest.raises(ValueError, match=message):
+            tx = agp.prune(optax.sgd(0.1), rules)
+            jax.eval_shape(tx.update, smaller, state, smaller)
+
+
 def test_update_without_parameters_is_refused():
     tx = SETUPS["sgd"].pruned
     with pytest.raises(ValueError, match=r"tx.update\(grads, state, params\)"):

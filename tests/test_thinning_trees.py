@@ -80,6 +80,10 @@ def test_trees_of_other_paths_and_shapes_raise():
         ValueError, match=r"norm/mean has shape \(4,\), but.* of \(6,\); has it"
     ):
         agp.thin(agp.thin(VARIABLES, cut), cut)
+    with pytest.raises(ValueError, match="act is no array.*eqx.partition"):
+        agp.thin({"act": max}, cut)
+    with pytest.raises(ValueError, match="act is no array.*eqx.partition"):
+        agp.thin_opt_state((), {**VARIABLES, "act": max}, cut)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

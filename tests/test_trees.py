@@ -13,6 +13,7 @@ from flax import linen, nnx
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from agp_jax.trees import (
+    abstract_arrays,
     flatten_with_paths,
     leaves_of,
     map_children,
@@ -205,6 +206,21 @@ def test_a_bare_array_has_the_empty_path_and_an_empty_tree_none():
 def test_two_leaves_of_one_path_are_refused():
     with pytest.raises(ValueError, match="several leaves have the path 'a/b'; rename"):
         flatten_with_paths({"a/b": jnp.ones(2), "a": {"b": jnp.ones(3), "c": 1}})
+
+
+def test_abstract_arrays_have_shapes_and_dtypes_and_what_is_no_array_is_named():
+    tree = {"a": [jnp.ones((2, 3)), None, 1.0], "b": jax.ShapeDtypeStruct((4,), int)}
+    found = abstract_arrays(tree)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(found)]
+    assert shapes == [((2, 3), "float32"), ((), "float32"), ((4,), "int32")]
+    model = {"pool": eqx.nn.MaxPool2d(2), "name": "float32"}
+    with pytest.raises(ValueError, match="pool/operation is no array.*eqx.partition"):
+        abstract_arrays({"pool": model["pool"]})
+    with pytest.raises(ValueError, match="name is no array but 'float32'"):
+        abstract_arrays(model)
+    with pytest.raises(ValueError, match="a leaf is no array"):
+        abstract_arrays(max)
 
 
 def mirrored(params, state):

@@ -16,7 +16,7 @@ from agp_jax.thinning.trees import is_packed, take_kept, thin, thin_leaf
 from agp_jax.trees import (
     PyTree,
     Shape,
-    abstract_array,
+    abstract_arrays,
     flatten_with_paths,
     map_subtrees_like,
 )
@@ -50,7 +50,7 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
     """
     expect_cut(cut)
     paths, leaves, _ = flatten_with_paths(params)
-    thin(jax.tree.map(abstract_array, params), cut)  # has the cut these paths?
+    thin(abstract_arrays(params), cut)  # has the cut these paths?
 
     def thin_mirror(leaf: Any, i: int) -> Any:
         return leaf if isinstance(leaf, _Done) else _Done(thin_moment(leaf, i))

@@ -10,7 +10,7 @@ import numpy as np
 from agp_jax.packing import PackedMask, pack, unpack
 from agp_jax.shardings import bring_together
 from agp_jax.thinning.cuts import Cut, expect_cut
-from agp_jax.trees import PyTree, flatten_with_paths
+from agp_jax.trees import PyTree, abstract_array, flatten_with_paths
 
 
 def thin(tree: PyTree, cut: Cut) -> PyTree:
@@ -35,6 +35,8 @@ def thin(tree: PyTree, cut: Cut) -> PyTree:
     leaves = []
     for path, leaf in zip(paths, entries, strict=True):
         if path not in cut.shapes:
+            if not is_packed(leaf):
+                abstract_array(leaf, path)  # says so if it is no array
             raise ValueError(
                 f"the cut has no {path!r}; it has {', '.join(list(cut.shapes)[:3])}, "
                 f"... For a part of the variables use cut.subtree(...)"
