@@ -129,7 +129,9 @@ def _check_variables(couplings: Couplings, weights: Mapping[str, Any]) -> None:
         if jnp.shape(weights[path]) != leaf.shape:
             raise ValueError(
                 f"the couplings are of {path} with shape {leaf.shape}, but it has "
-                f"shape {jnp.shape(weights[path])}"
+                f"shape {jnp.shape(weights[path])}. If it has been cut, make the "
+                f"optimizer anew: agp.prune(inner, []), or with the rules that go on "
+                f"and couplings=agp.find_couplings(thinned_function, thinned, *inputs)"
             )
 
 
@@ -163,7 +165,7 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
         reason = f" ({fixed[0][2]})" if fixed else ""
         raise ValueError(
             f"{subject} no {which} can be cut from its axis {axis}{reason}. It has "
-            f"{_describe_homes(homes)}. Choose of these, or {advice}"
+            f"{_describe_homes(leaf, homes)}. Choose of these, or {advice}"
         )
     for group, _ in here:
         if not group.exact:
@@ -181,23 +183,36 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
     if counts.max() > 1:
         raise ValueError(
             f"{subject} units of several kinds lie along its axis {axis}: "
-            f"{_describe_homes(here)}. Choose one of them by name, as in "
+            f"{_describe_homes(leaf, here)}. Choose one of them by name, as in "
             f"Rule(..., units={re.escape(here[-1][0].name)!r})"
         )
     return here
 
 
-def _describe_homes(homes: Sequence[tuple[Group, Member]]) -> str:
-    """Which units live where in a leaf, in a line."""
+def _describe_homes(leaf: Leaf, homes: Sequence[tuple[Group, Member]]) -> str:
+    """Which units live where in a leaf, and what structure has them, in a line."""
     return (
         "; ".join(
             f"along axis {member.axis} {group.num_units} units of {group.name}"
             + (f", {n} slices each" if (n := member.indices.shape[1]) > 1 else "")
             + ("" if group.exact else " (not exact)")
+            + _structure_of(leaf, group, member)
             for group, member in sorted(homes, key=lambda home: home[1].axis)
         )
         or "nothing"
     )
+
+
+def _structure_of(leaf: Leaf, group: Group, member: Member) -> str:
+    """The structure whose slabs are these units, as one writes it; "" for none."""
+    _, tensor = leaf.rule.axes_of(leaf.weights.shape)
+    num_slices = member.indices.shape[1]
+    if member.axis not in tensor or not _has_runs(member, num_slices):
+        return ""
+    axis = tensor.index(member.axis)
+    if num_slices > 1:
+        return f": agp.heads({group.num_units}, axis={axis})"
+    return f": agp.{'channels' if member.role == 'in' else 'filters'}(axis={axis})"
 
 
 def _has_runs(member: Member, width: int) -> bool:

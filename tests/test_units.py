@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import agp_jax as agp
+from agp_jax.trees import flatten_with_paths
 
 LINE = agp.polynomial_schedule(0.75, begin_step=0, end_step=3, power=1.0)
 HALF = agp.one_shot(0.5, step=1)
@@ -285,6 +286,33 @@ def test_what_can_be_cut_is_told_where_a_rule_names_nothing():
         agp.Rule("q", agp.filters(), HALF, units="(")
 
 
+def out_in(params, x):
+    """Kernels (out, in), as in Equinox and PyTorch."""
+    return jnp.maximum(x @ params["up"].T, 0) @ params["down"].T
+
+
+@pytest.mark.parametrize(
+    ("fn", "pattern", "structure", "advised", "lost"),
+    [
+        (out_in, "up", agp.filters(), agp.filters(axis=0), ("up", 0, 4)),
+        (out_in, "down", agp.channels(), agp.channels(axis=1), ("up", 0, 4)),
+        (attention, "q/kernel", agp.heads(3), agp.heads(4, axis=1), ("k/kernel", 1, 6)),
+    ],
+)
+def test_the_structure_that_has_units_is_named(fn, pattern, structure, advised, lost):
+    rng = np.random.default_rng(8)
+    params = {"up": rng.normal(size=(8, 5)), "down": rng.normal(size=(3, 8))}
+    params = jax.tree.map(jnp.float32, params) if fn is out_in else draw_attention()
+    found = agp.find_couplings(fn, params, jnp.zeros((2, 6, 5)))
+    with pytest.raises(ValueError, match=rf": agp.{re.escape(str(advised))}"):
+        agp.make_masks(params, [agp.Rule(pattern, structure, HALF)], 1, couplings=found)
+    rules = [agp.Rule(pattern, advised, HALF)]
+    masks = jax.jit(lambda p: agp.make_masks(p, rules, 1, couplings=found))(params)
+    path, axis, num_slices = lost
+    mask = dict(zip(*flatten_with_paths(masks)[:2], strict=True))[path]
+    assert len(gone(mask, axis)) == num_slices
+
+
 def stack(params, x):
     """Three layers, whose weights are stacked, with 8 hidden features each."""
 
@@ -447,5 +475,6 @@ def test_couplings_of_other_parameters_are_refused():
         masks_at(params, [filters("embed/kernel")], 1)
     params = draw()
     params["up"]["kernel"] = jnp.ones((8, 13))
-    with pytest.raises(ValueError, match=r"up/kernel with shape \(8, 12\).*\(8, 13\)"):
+    match = r"up/kernel with shape \(8, 12\).*\(8, 13\).*anew: agp.prune\(inner, \[\]\)"
+    with pytest.raises(ValueError, match=match):
         masks_at(params, [filters("embed/kernel")], 1)
