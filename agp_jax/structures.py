@@ -149,17 +149,29 @@ def heads(count: int, axis: int = -1) -> Structure:
         head). Flax's attention has kernels (in, heads, features of a head), whose heads
         are `axis=1`, and (heads, features, out) behind it, with `axis=0`.
 
+    Raises:
+      ValueError: when a rule meets a tensor whose axis does not divide into `count`,
+        or, with `axis=-1`, whose axis before the last has `count` entries, as the heads
+        of Flax's kernels: then name the axis from the front.
+
     >>> heads(8).box((64, 512)), heads(8, axis=1).box((64, 8, 32))
     ((64, 64), (64, 1, 32))
     """
     count, axis = _whole("count", count), _whole("axis", axis)
     if count < 1:
         raise ValueError(f"heads needs a count of at least 1, got {count}")
-    return Structure(
-        f"heads({count}, axis={axis})",
-        lambda shape: _slabs(shape, axis, count),
-        axis=axis,
-    )
+
+    def box(shape: Shape) -> Shape:
+        last = len(shape) - 1
+        if axis == -1 and last > 1 and shape[-2] == count > 1:
+            raise ValueError(
+                f"which axis of shape {shape} is that of the heads? Use heads({count}, "
+                f"axis={last - 1}) if each of its {count} entries is one, axis={last} "
+                f"if {count} lie along the last axis"
+            )
+        return _slabs(shape, axis, count)
+
+    return Structure(f"heads({count}, axis={axis})", box, axis=axis)
 
 
 def box_shape(structure: Structure, shape: Shape) -> Shape:

@@ -227,6 +227,11 @@ def test_two_of_four_go_one_after_the_other():
         (agp.channels(), (5,), r"-2.*\(5,\)"),
         (agp.heads(3), (5, 8), r"1.*\(5, 8\).*3"),
         (agp.heads(9, axis=1), (5, 8), r"1.*\(5, 8\).*9"),
+        (
+            agp.heads(8),
+            (64, 8, 16),
+            r"\(64, 8, 16\).*heads\(8, axis=1\) if each.*axis=2 if 8 lie",
+        ),
         (agp.n_of_m(2, 4), (6, 8), r"n_of_m\(2, 4\) .*\(6, 8\): axis 0 has 6 .*4"),
         (
             agp.n_of_m(2, 4),
@@ -241,6 +246,21 @@ def test_two_of_four_go_one_after_the_other():
 def test_boxes_that_do_not_fit_are_an_error(structure, shape, named):
     with pytest.raises(ValueError, match=named):
         box_shape(structure, shape)
+
+
+@pytest.mark.parametrize(
+    "structure, shape, box",
+    [
+        (agp.heads(8, axis=1), (64, 8, 8), (64, 1, 8)),
+        (agp.heads(8, axis=2), (64, 8, 16), (64, 8, 2)),
+        (agp.heads(8), (64, 4, 16), (64, 4, 2)),
+        (agp.heads(8), (8, 16), (8, 2)),
+        (agp.heads(1), (64, 1, 16), (64, 1, 16)),
+    ],
+    ids=str,
+)
+def test_heads_lie_along_the_axis_that_is_named(structure, shape, box):
+    assert box_shape(structure, shape) == box
 
 
 @pytest.mark.parametrize(
