@@ -306,7 +306,7 @@ def _in_the_form_of(stored: PyTree, masks: PyTree) -> PyTree:
         raise ValueError(
             f"the rules prune {len(leaves)} of these parameters, but the state has "
             f"masks of {structure.num_leaves}: call init with the parameters that "
-            f"update is called with"
+            f"update is called with, and with all rules, also those that begin later"
         )
     return structure.unflatten(leaves)
 
