@@ -201,7 +201,7 @@ def test_masks_that_were_not_cut_with_their_parameters_are_refused():
     smaller = {"w": jnp.ones((3, 2))}
     for rules in [], [agp.Rule("w", agp.filters(), agp.one_shot(0.5))]:
         message = (
-            r"mask of w must have its shape \(3, 2\), got \(3, 4\).*thin_opt_state"
+            r"w has shape \(3, 2\), but its mask has shape \(3, 4\).*thin_opt_state"
         )
         with pytest.raises(ValueError, match=message):
             tx = agp.prune(optax.sgd(0.1), rules)
