@@ -33,7 +33,8 @@ class Member:
       axis: of the leaf; never negative.
       indices: int array (units, slices): the slices of each unit along the axis.
       role: what the leaf does with the units: "out" makes them (a filter), "in" reads
-        them (a consumer), "each" acts on each by itself (a bias, a scale, a statistic).
+        them (a consumer), "each" acts on each by itself (a bias, a scale, a statistic);
+        "layer" where a scan steps through them, each of which is a layer.
       is_needed: whether the removed units change nothing because this leaf is zero
         there. Where it is not needed, it need not be masked.
     """
@@ -69,6 +70,11 @@ class Group:
     def exact(self) -> bool:
         """Whether the thinned model computes what the masked one does."""
         return self.inexact is None
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether its units are layers, which a scan steps through."""
+        return any(member.role == "layer" for member in self.members)
 
     @property
     def shape(self) -> Shape:

@@ -225,7 +225,7 @@ def test_two_cuts_of_stacked_layers_are_one():
     small = agp.thin(STACKED, first)
     thin_fn = agp.thin_function(stacked, STACKED, first)
     couplings = agp.find_couplings(thin_fn, small, X)
-    (group,) = couplings.groups
+    group = couplings["layers/up[2]"]
     for removed in ([1], np.array([[0], [1], [0]])):
         masks = couplings.masks({group.name: removed})
         second = agp.plan_cut(masks, couplings)

@@ -145,8 +145,13 @@ def test_stacked_layers_have_units_of_their_own():
             },
         ),
         "layers/up[2]": (5, {("layers/up", 2, "out"), ("layers/down", 1, "in")}),
+        "layers/down[0]": (
+            3,
+            {("layers/up", 0, "layer"), ("layers/down", 0, "layer")},
+        ),
     }
     assert couplings["layers/up[2]"].num_layers == 3
+    assert couplings["layers/down[0]"].is_stack
     assert couplings["layers/down[2]"].num_layers is None
     assert "layers/up[2]: 3 x 5 units, exact" in str(couplings)
 

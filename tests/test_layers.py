@@ -31,6 +31,7 @@ ORDER = [
     "programs.atoms",  # what goes together, as a union-find
     "programs.labels",  # what is known about an axis
     "programs.elementwise",  # what ties what, and where zeros stay zeros
+    "programs.vanishing",  # what is wholly zero once certain leaves are
     "programs.constants",  # what is known when tracing
     "programs.moves",  # a label rule for each primitive that hands axes on
     "programs.reductions",  # and for each that reduces them

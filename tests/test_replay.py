@@ -590,7 +590,8 @@ def test_values_that_hold_a_part_of_the_units_are_as_large_in_all_layers(move, s
 
     width = jax.eval_shape(move, jnp.zeros((2, 3, 8))).shape[-1]
     params, x = draw({"up": (3, 5, 8), "down": (3, width, 5)}), draw((2, 3, 5))
-    groups = agp.find_couplings(fn, params, x).groups
+    stack, *groups = agp.find_couplings(fn, params, x).groups
+    assert stack.is_stack and stack.num_units == 3
     assert sorted(group.num_units for group in groups) == sizes
     assert all(group.num_layers == 3 for group in groups)
     rng = np.random.default_rng(0)
@@ -613,7 +614,8 @@ def test_what_picks_other_pairs_in_each_layer_goes_in_all():
         return lax.scan(layer, x, params)[0]
 
     params = draw({"up": (3, 5, 8), "down": (3, 4, 5)})
-    groups = agp.find_couplings(fn, params, X).groups
+    stack, *groups = agp.find_couplings(fn, params, X).groups
+    assert stack.is_stack and stack.num_units == 3
     assert sorted(g.num_units for g in groups) == [2, 4]
     assert all(group.num_layers is None for group in groups)
     for group in groups:

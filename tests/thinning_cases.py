@@ -109,6 +109,6 @@ STACKED = draw({"layers": {"up": (3, 5, 4), "down": (3, 4, 5)}}, seed=3)
 
 def stacked_cut():
     couplings = agp.find_couplings(stacked, STACKED, X)
-    (group,) = couplings.groups
+    group = couplings["layers/up[2]"]
     removed = {group.name: np.array([[0, 1], [1, 3], [2, 3]])}
     return agp.plan_cut(couplings.masks(removed), couplings)

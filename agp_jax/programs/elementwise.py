@@ -7,7 +7,14 @@ way to a sum, removing it changes nothing.
 from collections.abc import Sequence
 
 from agp_jax.programs.jaxprs import Equation, Variable
-from agp_jax.programs.labels import Axis, Flow, Value, all_zeros, any_zeros, continued
+from agp_jax.programs.labels import (
+    Axis,
+    Flow,
+    Value,
+    all_proofs,
+    any_proof,
+    continued,
+)
 
 # A zero in gives a zero out.
 _KEEP_ZERO = set(
@@ -47,7 +54,8 @@ def elementwise(
             continue
         flow.unify(*axes)
         _note_roles(flow, ins, i)
-        if _is_singular(equation, ins, present, i):
+        singular = set(singular_operands(equation)) & set(present)
+        if any(ins[k].axes[i].zeros is not None for k in singular):
             flow.changes(axes[0])
         zeros = _zeros(equation, ins, i, size)
         result.append(Axis(axes[0].atoms, continued(axes), zeros))
@@ -65,27 +73,41 @@ def _zeros(
     equation: Equation, ins: Sequence[Value], i: int, size: int
 ) -> frozenset[int] | None:
     """The leaves whose zeros make the result zero where axis `i` is removed."""
-    name, params = equation.name, equation.params
-    operands = list(zip(equation.inputs, ins, strict=True))
-    axes = [v.axes[i] for _, v in operands if v.axes and v.axes[i].size == size]
-    if name == "integer_pow":
-        return axes[0].zeros if params["y"] > 0 else None
-    if name == "div":
-        first = ins[0].axes
-        return first[i].zeros if first and first[i].size == size else None
-    if name in _KEEP_ZERO:
-        return axes[0].zeros
+    present = [value.axes and value.axes[i].size == size for value in ins]
+    proofs = [
+        v.axes[i].zeros if is_in else None
+        for v, is_in in zip(ins, present, strict=True)
+    ]
+    return zeros_of(equation, proofs)
+
+
+def zeros_of(
+    equation: Equation, proofs: Sequence[frozenset[int] | None]
+) -> frozenset[int] | None:
+    """The leaves whose zeros make the result zero, where they make operands zero.
+
+    Args:
+      equation: of a primitive that works element by element.
+      proofs: for each operand the leaves whose zeros make it zero; None if it need not
+        be zero.
+    """
+    name = equation.name
     if name in _ANY_ZERO:
-        return any_zeros(axes)
+        return any_proof(proofs)
     if name in _ALL_ZERO:
         first = 1 if name == "select_n" else 0
-        rest = [
-            value
-            for k, (variable, value) in enumerate(operands)
-            if k >= first and not _keeps_zero(name, k, variable)
-        ]
-        if all(value.axes and value.axes[i].size == size for value in rest):
-            return all_zeros([value.axes[i] for value in rest])
+        return all_proofs(
+            [
+                proof
+                for k, (variable, proof) in enumerate(
+                    zip(equation.inputs, proofs, strict=True)
+                )
+                if k >= first and not _keeps_zero(name, k, variable)
+            ]
+        )
+    keeps = name in _KEEP_ZERO or name == "div"
+    if keeps or (name == "integer_pow" and equation.params["y"] > 0):
+        return proofs[0]
     return None
 
 
@@ -103,14 +125,10 @@ def _keeps_zero(name: str, place: int, variable: Variable) -> bool:
     return bool(variable.constant == 0)
 
 
-def _is_singular(
-    equation: Equation, ins: Sequence[Value], present: Sequence[int], i: int
-) -> bool:
-    """Whether zeros at removed indices become infinite or have no derivative."""
+def singular_operands(equation: Equation) -> list[int]:
+    """The operands whose zeros become infinite or have no derivative."""
     if equation.name == "integer_pow":
-        places = [0] if equation.params["y"] < 0 else []
-    elif equation.name not in _SINGULAR:
-        places = []
-    else:
-        places = [1] if equation.name in ("div", "rem") else list(range(len(ins)))
-    return any(ins[k].axes[i].zeros is not None for k in places if k in present)
+        return [0] if equation.params["y"] < 0 else []
+    if equation.name not in _SINGULAR:
+        return []
+    return [1] if equation.name in ("div", "rem") else [*range(len(equation.inputs))]

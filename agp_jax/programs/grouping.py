@@ -179,13 +179,13 @@ def _members(
             path=analysis.paths[leaf],
             axis=axis,
             indices=slices.index[places[:, here]],
-            role=next((r for r in ("out", "in") if r in roles), "each"),
+            role=next((r for r in ("layer", "out", "in") if r in roles), "each"),
             is_needed=leaf in needed,
         )
 
 
 def _unique_name(members: Sequence[Member], taken: set[str]) -> str:
-    first = min(members, key=lambda m: ("out", "each", "in").index(m.role))
+    first = min(members, key=lambda m: ("out", "layer", "each", "in").index(m.role))
     name = f"{first.path}[{first.axis}]"
     number = 2
     unique = name

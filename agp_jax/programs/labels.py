@@ -163,14 +163,23 @@ LabelRule = Callable[[Flow, Equation, Sequence[Value]], list[list[Axis]]]
 
 def all_zeros(axes: Sequence[Axis]) -> frozenset[int] | None:
     """The leaves that make every one of `axes` zero where removed."""
-    proofs = [axis.zeros for axis in axes]
-    return None if None in proofs else frozenset().union(*filter(None, proofs))
+    return all_proofs([axis.zeros for axis in axes])
 
 
 def any_zeros(axes: Sequence[Axis]) -> frozenset[int] | None:
     """The fewest leaves that make at least one of `axes` zero where removed."""
-    proofs = [axis.zeros for axis in axes if axis.zeros is not None]
-    return min(proofs, key=len) if proofs else None
+    return any_proof([axis.zeros for axis in axes])
+
+
+def all_proofs(proofs: Sequence[frozenset[int] | None]) -> frozenset[int] | None:
+    """The leaves that prove all zeros that `proofs` prove; None if one is None."""
+    return None if None in proofs else frozenset().union(*filter(None, proofs))
+
+
+def any_proof(proofs: Sequence[frozenset[int] | None]) -> frozenset[int] | None:
+    """The proof of the fewest leaves; None if all are None."""
+    known = [proof for proof in proofs if proof is not None]
+    return min(known, key=len) if known else None
 
 
 def continued(axes: Sequence[Axis]) -> frozenset[tuple[int, int]]:

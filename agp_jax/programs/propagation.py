@@ -9,10 +9,24 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from agp_jax.programs.elementwise import ELEMENTWISE, elementwise
-from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts
-from agp_jax.programs.labels import Axis, Flow, LabelRule, Value, all_zeros
+from agp_jax.programs.jaxprs import (
+    Equation,
+    Program,
+    Variable,
+    scan_counts,
+    source_line,
+)
+from agp_jax.programs.labels import (
+    Axis,
+    Flow,
+    LabelRule,
+    Value,
+    all_proofs,
+    all_zeros,
+)
 from agp_jax.programs.moves import MOVES, unified
 from agp_jax.programs.reductions import REDUCTIONS
+from agp_jax.programs.vanishing import Zeros, handed_on
 
 
 def propagate(flow: Flow, program: Program, inputs: Sequence[Value]) -> list[Value]:
@@ -59,8 +73,24 @@ def _of_activation(axis: Axis) -> Axis:
     return Axis(axis.atoms, zeros=axis.zeros) if axis.leaves else axis
 
 
+def _made_of_keys(flow, equation, ins):
+    """Each key makes as much, bits or keys, which is made whole and then cut."""
+    axes = ins[0].axes
+    return [[*axes, *map(flow.fresh, v.shape[len(axes) :])] for v in equation.outputs]
+
+
+def _keys_of_bits(flow, equation, ins):
+    flow.freeze(*ins[0].axes[len(equation.outputs[0].shape) :])
+    return [list(ins[0].axes[: len(equation.outputs[0].shape)])]
+
+
+def _bits_of_keys(flow, equation, ins):
+    axes = ins[0].axes
+    return [[*axes, *map(flow.fixed, equation.outputs[0].shape[len(axes) :])]]
+
+
 def _made_whole(flow, equation, ins):
-    """What comes from nowhere, random bits or a ramp, is made whole and then cut."""
+    """What comes from nowhere, a ramp, is made whole and then cut."""
     flow.freeze(*(axis for value in ins for axis in value.axes))
     return [[flow.fresh(size) for size in v.shape] for v in equation.outputs]
 
@@ -79,10 +109,10 @@ def _unknown(flow, equation, ins):
 
 
 def _scan(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
-    """What is carried keeps its axes; the axis that is stepped along is frozen."""
+    """What is carried keeps its axes."""
     num_consts, num_carry = scan_counts(equation)
     first = num_consts + num_carry
-    flow.freeze(*(value.axes[0] for value in ins[first:]))
+    made = _stepped_along(flow, equation, ins)
     steps = [Value(value.axes[1:], value.is_weight) for value in ins[first:]]
     (body,) = equation.bodies
     _remember(flow, body.inputs[:num_consts], equation.inputs[:num_consts])
@@ -92,12 +122,38 @@ def _scan(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
 
     carry, outs = _loop(flow, ins[num_consts:first], step)
     stacked = [
-        Value((flow.fixed(variable.shape[0]), *map(_of_activation, value.axes)))
-        for variable, value in zip(
-            equation.outputs[num_carry:], outs[num_carry:], strict=True
-        )
+        Value((axis, *map(_of_activation, value.axes)))
+        for axis, value in zip(made, outs[num_carry:], strict=True)
     ]
     return carry + stacked
+
+
+def _stepped_along(flow: Flow, equation: Equation, ins: list[Value]) -> list[Axis]:
+    """The axis that a scan steps along, of each value that its steps put together.
+
+    A step may go if it hands on what it is given once certain leaves are zero there:
+    a layer that only adds to its stream. Else the axis is frozen.
+    """
+    num_consts, num_carry = scan_counts(equation)
+    first = num_consts + num_carry
+    (body,) = equation.bodies
+    axes = [value.axes[0] for value in ins[first:]]
+    zeros = Zeros()
+    outs = zeros.follow(body, [None] * first + [axis.zeros for axis in axes])
+    proof = all_proofs(handed_on(body, zeros, num_consts, num_carry))
+    length = equation.params["length"]
+    if not proof or zeros.singular or length < 2:
+        line = source_line(equation)
+        with flow.at(
+            f"scan at {line}, whose steps do more than add to what they carry"
+        ):
+            flow.freeze(*axes)
+        return [flow.fixed(length)] * (len(outs) - num_carry)
+    flow.unify(*axes)
+    flow.relied.append((axes[0].atoms, proof))
+    for axis in axes:
+        flow.give_role(axis, "layer")
+    return [Axis(axes[0].atoms, zeros=made) for made in outs[num_carry:]]
 
 
 def _while(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
@@ -194,5 +250,11 @@ _LABEL_RULES: dict[str, LabelRule] = {
     "optimization_barrier": _same,
     "device_put": _same,
     "iota": _made_whole,
-    "random_bits": _made_whole,
+    "random_bits": _made_of_keys,
+    "random_split": _made_of_keys,
+    "random_clone": _same,
+    "random_fold_in": _elementwise,
+    "random_seed": _elementwise,
+    "random_wrap": _keys_of_bits,
+    "random_unwrap": _bits_of_keys,
 }

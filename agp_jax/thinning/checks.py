@@ -108,6 +108,10 @@ def _units_in(cut: Cut, group: Group) -> np.ndarray:
         kept = cut.get(member.path, {}).get(member.axis)
         if kept is None:
             return np.zeros(group.shape, bool)
+        if kept.ndim == 2 and 0 in cut[member.path]:  # as the first in those that go
+            rows = np.broadcast_to(kept[:1], (*layers, kept.shape[-1])).copy()
+            rows[cut[member.path][0]] = kept
+            kept = rows
         rows = np.broadcast_to(kept, (*layers, kept.shape[-1]))
         np.put_along_axis(flags, rows, True, axis=-1)
         gone &= ~flags[..., member.indices].any(axis=-1)

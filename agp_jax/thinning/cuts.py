@@ -18,7 +18,7 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
     """The indices that stay, as `{path: {axis: indices}}`.
 
     Indices are increasing, in a vector; or, for the stacked weights of layers, in an
-    array (layers, kept) with a row for each entry of the leaf's first axis.
+    array (layers, kept) with a row for each entry that stays of the leaf's first axis.
 
     Attributes:
       kept: what stays along the axes that are cut; all else stays as it is.
@@ -87,8 +87,10 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
                 )
         kept = {path: dict(axes) for path, axes in self.kept.items()}
         for path, axes in later.kept.items():
+            mine = kept.setdefault(path, {})
+            if 0 in axes:
+                mine.update({k: x[axes[0]] for k, x in mine.items() if x.ndim == 2})
             for axis, indices in axes.items():
-                mine = kept.setdefault(path, {})
                 mine[axis] = _pick(mine[axis], indices) if axis in mine else indices
         return Cut(kept, self.shapes)
 
@@ -160,8 +162,8 @@ def plan_cut(
     A unit is dead if every slice of it that has a mask is masked, and every leaf whose
     zeros make its removal exact has one. Leaves without masks, such as batch
     statistics, follow. At least one unit of a group stays, and no axis of a value
-    inside the function becomes empty. In stacked layers each loses as many units as the
-    layer that loses least.
+    inside the function becomes empty. A layer of a stack goes if all of it is masked,
+    and one stays; each that stays loses as many units as the one that loses least.
 
     Args:
       masks: bool arrays with the paths of the couplings: `{"params": masks}` for the
@@ -169,7 +171,8 @@ def plan_cut(
       couplings: of the function that will be thinned.
       close: a unit is dead as soon as what makes it is masked: its slices in the leaves
         of role "out" that have a mask. `check_cut` tells what this changes.
-      round_to: as many units stay that their number is a multiple of this, or all.
+      round_to: as many units stay that their number is a multiple of this, or all;
+        layers are not rounded.
       inexact: also cut groups that are not `exact`: what is summed or normalised over
         the removed units changes.
 
@@ -199,13 +202,33 @@ def plan_cut(
     for axis in couplings.axes:
         _keep_one(axis, dead)
     for group, flags in zip(couplings.groups, dead, strict=True):
-        _keep_multiple(flags, round_to, group.num_units)
+        if group.is_stack:
+            _keep_multiple(flags, 1)
+    stays = _layers_that_stay(couplings, dead)
+    for group, flags in zip(couplings.groups, dead, strict=True):
+        if not group.is_stack:
+            here = stays.get(group.members[0].path) if group.num_layers else None
+            _keep_multiple(flags, round_to, here)
     return cut_units(couplings, dead)
 
 
 def expect_cut(cut: Any) -> None:
     """Raises a ValueError unless it is a cut."""
     expect(cut, Cut, "a cut from agp.plan_cut")
+
+
+def _layers_that_stay(
+    couplings: Couplings, dead: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """For leaves with a first axis of layers, some of which go, the ones that stay."""
+    shapes = _shapes(couplings.variables)
+    return {
+        member.path: np.flatnonzero(~slice_flags(member, flags, shapes[member.path]))
+        for group, flags in zip(couplings.groups, dead, strict=True)
+        if group.is_stack and flags.ndim == 1 and flags.any()
+        for member in group.members
+        if member.axis == 0
+    }
 
 
 def cut_units(couplings: Couplings, dead: Sequence[np.ndarray]) -> Cut:
@@ -220,7 +243,10 @@ def cut_units(couplings: Couplings, dead: Sequence[np.ndarray]) -> Cut:
                 gone[home] = gone.get(home, False) | removed
     kept: dict[str, dict[int, np.ndarray]] = {}
     for (path, axis), removed in sorted(gone.items(), key=lambda item: item[0]):
-        kept.setdefault(path, {})[axis] = _indices(~removed)
+        axes = kept.setdefault(path, {})  # the first axis comes first
+        if removed.ndim == 2 and 0 in axes:
+            removed = removed[axes[0]]
+        axes[axis] = _indices(~removed)
     return Cut(kept, shapes)
 
 
@@ -280,6 +306,7 @@ def _on_host(mask: jax.Array) -> np.ndarray | jax.Array:
 def _dead_units(group: Group, masks: Mapping[str, Any], close: bool) -> np.ndarray:
     """Which units of a group the masks remove: bools of the group's shape."""
     members = [m for m in group.members if m.path in masks]
+    close = close and not group.is_stack  # nothing makes a layer
     if close:
         members = [m for m in members if m.role == "out"]
     needs_more = any(m.is_needed and m.path not in masks for m in group.members)
@@ -316,11 +343,18 @@ def _keep_one(axis: np.ndarray, dead: Sequence[np.ndarray]) -> None:
             flags[..., unit] &= ~gone if flags.ndim == np.ndim(gone) + 1 else False
 
 
-def _keep_multiple(dead: np.ndarray, multiple: int, num_units: int) -> None:
-    """Revives units, in place, until equally many stay in all layers, and some."""
+def _keep_multiple(
+    dead: np.ndarray, multiple: int, layers: np.ndarray | None = None
+) -> None:
+    """Revives units, in place, until equally many stay in all layers, and some.
+
+    Only `layers` count, if they are given: those that stay.
+    """
+    num_units = dead.shape[-1]
     rows = dead.reshape(-1, num_units)
-    most = max(1, int((~rows).sum(axis=1).max()))
+    chosen = rows if layers is None else rows[layers]
+    most = max(1, int((~chosen).sum(axis=1).max()))
     wanted = min(num_units, -(-most // multiple) * multiple)
     for row in rows:
-        revived = np.flatnonzero(row)[: wanted - int((~row).sum())]
+        revived = np.flatnonzero(row)[: max(wanted - int((~row).sum()), 0)]
         row[revived] = False

@@ -202,12 +202,13 @@ def _scan(remains, equation, arrays, layer):
         outs = _run(remains, body, [*consts, *carry, *now], inner)
         return outs[:num_carry], outs[num_carry:]
 
-    p = equation.params
+    p, stepped = equation.params, arrays[first:]
+    length = jnp.shape(stepped[0])[0] if stepped else p["length"]
     carry, stacked = jax.lax.scan(
         step,
         arrays[num_consts:first],
-        (np.arange(p["length"]), arrays[first:]),
-        length=p["length"],
+        (np.arange(length), stepped),
+        length=length,
         reverse=p["reverse"],
         unroll=p["unroll"],
     )

@@ -201,6 +201,13 @@ def _dynamic_slice(remains, equation, arrays, ins, outs, layer):
     return bind(equation, arrays, slice_sizes=sizes)
 
 
+def _made_of_keys(remains, equation, arrays, ins, outs, layer):
+    """What each key that stays makes, whole, and of that what stays."""
+    (made,) = bind(equation, arrays)
+    rank = len(ins[0])
+    return [take(made, [*[None] * rank, *outs[0][rank:]], layer)]
+
+
 RESIZED: Mapping[str, Callable[..., list[Any]]] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
@@ -211,4 +218,6 @@ RESIZED: Mapping[str, Callable[..., list[Any]]] = {
     "conv_general_dilated": _conv,
     "gather": _gather,
     "dynamic_slice": _dynamic_slice,
+    "random_bits": _made_of_keys,
+    "random_split": _made_of_keys,
 }

@@ -79,7 +79,7 @@ def take_kept(leaf: Any, kept: Mapping[int, np.ndarray]) -> Any:
 def _take_all(
     leaf: Any, kept: Mapping[int, np.ndarray], take: Callable[..., Any]
 ) -> Any:
-    for axis, indices in kept.items():
+    for axis, indices in sorted(kept.items()):  # rows are of the layers that stay
         rows = indices.ndim == 2
         shape = [1] * leaf.ndim
         shape[axis] = indices.shape[-1]
