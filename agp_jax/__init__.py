@@ -16,8 +16,8 @@ Thin: with `agp.filters()` or `agp.heads(8)` in a rule, and `couplings=` in `pru
 Measure: `print(agp.measure_cost(predict_smaller, smaller, x).table())`.
 
 Schedules: `polynomial_schedule`, `one_shot`, `schedule_within`, of type `Schedule`.
-Structures: `element`, `block`, `n_of_m`, `filters`, `channels`, `heads`, of type
-`Structure`.
+Structures: `element`, `block`, `n_of_m`, `filters`, `channels`, `heads`,
+`layers`, of type `Structure`.
 Rules: `Rule`, `dense`, `match_rules`.
 Optimizer: `prune`, `PruneState`, `get_masks`.
 Masks: `make_masks`, `apply_masks`, `sparsity`, `fingerprint`.
@@ -41,6 +41,7 @@ from agp_jax.structures import (
     element,
     filters,
     heads,
+    layers,
     n_of_m,
 )
 from agp_jax.thinning.checks import check_cut
@@ -70,6 +71,7 @@ __all__ = [
     "fingerprint",
     "get_masks",
     "heads",
+    "layers",
     "make_masks",
     "match_rules",
     "measure_cost",

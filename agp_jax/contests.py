@@ -88,7 +88,7 @@ def _number_contests(entrants: Sequence[Entrant], rules: Sequence[Rule]) -> _Con
     contest_of_rule: dict[Rule, int] = {}
     for entrant, rule in zip(entrants, rules, strict=True):
         assert rule.schedule is not None  # or it would not prune
-        if rule.scope == "rule":
+        if rule.ranks_together:
             contest = contest_of_rule.setdefault(rule, len(sizes))
             if contest == len(sizes):
                 sizes.append(0)

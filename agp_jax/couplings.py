@@ -94,6 +94,24 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Branch:
+    """What is added to a stream, and adds nothing once its leaves are zero.
+
+    Attributes:
+      name: unique among the branches of a function, and the same in every run.
+      leaves: the paths of all that is of use for it alone.
+      needed: those of the leaves whose zeros make it zero.
+      inexact: why a model without it would differ from the masked one; None if it is
+        the same to float rounding.
+    """
+
+    name: str
+    leaves: tuple[str, ...]
+    needed: frozenset[str]
+    inexact: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Couplings:
     """What `find_couplings` found.
 
@@ -104,6 +122,7 @@ class Couplings:
       axes: axes of values inside the function that must not become empty, as int
         arrays (indices, factors, 2) of (group, unit): an index goes if one of its
         factors does. Group -1 stands for no factor.
+      branches: what can be removed as a whole, outer branches and those inside them.
 
     >>> import agp_jax as agp
     >>> def mlp(params, x):
@@ -120,9 +139,14 @@ class Couplings:
     variables: PyTree
     frozen: Mapping[tuple[str, int], tuple[tuple[int, int, str], ...]]
     axes: tuple[np.ndarray, ...]
+    branches: tuple[Branch, ...] = ()
 
     def __str__(self) -> str:
         lines = [str(group) for group in self.groups]
+        lines += [
+            f"branch {branch.name}: {len(branch.leaves)} leaves"
+            for branch in self.branches
+        ]
         lines += [
             f"fixed {path}[{axis}] {start}:{stop}: {reason}"
             for (path, axis), runs in self.frozen.items()
@@ -147,6 +171,7 @@ class Couplings:
         Args:
           removed: for names of groups, the numbers of the units to remove. Where layers
             are stacked an array (layers, removed) removes other units in each layer.
+            For names of branches, which are one unit each, `[0]`.
         """
         expect(removed, Mapping, "the units to remove by group, as {name: numbers}")
         paths, leaves, treedef = flatten_with_paths(self.variables)
@@ -155,7 +180,12 @@ class Couplings:
             for path, x in zip(paths, leaves, strict=True)
             if not jnp.issubdtype(x.dtype, jax.dtypes.extended)
         }
+        branches = {branch.name: branch for branch in self.branches}
         for name, units in removed.items():
+            if name in branches:
+                whole = [path for path in branches[name].leaves if path in masks]
+                masks |= {p: np.zeros_like(masks[p]) for p in whole if len(units)}
+                continue
             group = self[name]
             dead = unit_flags(group, units)
             for member in group.members:
@@ -196,7 +226,26 @@ class Couplings:
             for (path, axis), runs in self.frozen.items()
             if path.startswith(start)
         }
-        return Couplings(tuple(groups), variables, frozen, tuple(axes))
+        branches = tuple(
+            _branch_under(start, branch)
+            for branch in self.branches
+            if any(path.startswith(start) for path in branch.leaves)
+        )
+        return Couplings(tuple(groups), variables, frozen, tuple(axes), branches)
+
+
+def _branch_under(start: str, branch: Branch) -> Branch:
+    """What is of a branch at the paths that start so, by its paths there."""
+    inner = [
+        path.removeprefix(start) for path in branch.leaves if path.startswith(start)
+    ]
+    lost = sorted(path for path in branch.needed if not path.startswith(start))
+    return Branch(
+        branch.name.removeprefix(start),
+        tuple(inner),
+        frozenset(path.removeprefix(start) for path in branch.needed) & {*inner},
+        branch.inexact or (f"{lost[0]} must be zero" if lost else None),
+    )
 
 
 def unit_flags(group: Group, units: Any) -> np.ndarray:

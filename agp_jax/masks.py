@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from agp_jax.boxes import count_nonzero
+from agp_jax.branches import Layers, enter_layers, masks_of_layers, rank_layers
 from agp_jax.cells import Leaf, check_scores, enter, mask_of_cells
 from agp_jax.contests import hold_contests, keep_n_of_m
 from agp_jax.couplings import Couplings, Group
@@ -133,6 +134,12 @@ def remake_masks(
         gradients=_by_path(gradients, paths, "the gradients"),
         scores=_by_path(scores, paths, "the scores"),
     )
+    for leaf in leaves.values():
+        if couplings is None and leaf.rule.prunes_layers:
+            raise ValueError(
+                f"{leaf.rule} prunes {leaf.structure}, which only couplings know: pass "
+                f"couplings=agp.find_couplings(fn, params, *inputs)"
+            )
     idle = frozenset(x for x in set(rules.values()) if x and not _may_prune(x, step))
     by_units = lambda leaf: couplings is not None and leaf.rule.prunes_units  # noqa: E731
     unchanged = {
@@ -187,7 +194,10 @@ def _rank(
         path: Leaf(path, rule, *rest)  # pyrefly: ignore[bad-argument-type]
         for (path, rule), rest in zip(names, arrays, strict=True)
     }
-    ranked_groups = [] if couplings is None else rank_groups(leaves, weights, couplings)
+    ranked_groups, ranked_layers = [], []
+    if couplings is not None:
+        ranked_groups = rank_groups(leaves, weights, couplings)
+        ranked_layers = rank_layers(leaves, couplings)
     made: dict[str, jax.Array] = {}
     units: dict[str, jax.Array] = {}
 
@@ -196,6 +206,9 @@ def _rank(
 
     def keep_units(group: Group, kept: jax.Array) -> None:
         units[group.name] = kept
+
+    def keep_layers(layers: Layers, kept: jax.Array) -> None:
+        made.update(masks_of_layers(layers, kept, weights, {**masks, **made}))
 
     entries: list[_Entry] = []
     for leaf in leaves.values():
@@ -212,6 +225,12 @@ def _rank(
             keep(all_units(ranked.group))
         else:
             entries.append(_Entry(enter_group(ranked, leaves), ranked.rule, keep))
+    for layers in ranked_layers:
+        keep = functools.partial(keep_layers, layers)
+        if layers.rule in idle:
+            keep(jnp.ones(layers.count, bool))
+        else:
+            entries.append(_Entry(enter_layers(layers, leaves), layers.rule, keep))
     kept_of_each = hold_contests(
         [entry.entrant for entry in entries], [entry.rule for entry in entries], step
     )

@@ -95,7 +95,7 @@ class PruningPlan:
             if rule.structure is None:
                 lines.append(f"rule {number} {rule.pattern!r} keeps {tensors} dense")
                 continue
-            together = ", ranked together" if rule.scope == "rule" else ""
+            together = ", ranked together" if rule.ranks_together else ""
             lines += [
                 f"rule {number} {rule.pattern!r} by {rule.structure}: {tensors}"
                 f"{together};",
@@ -235,7 +235,7 @@ def _removed_part(
 ) -> Fraction:
     """The part of a parameter's cells that its rule has removed."""
     rows, cells = count_cells(rule, shapes[path].shape)
-    if rule.scope == "rule":
+    if rule.ranks_together:
         peers = [shapes[p].shape for p, other in rules.items() if other == rule]
         cells = sum(math.prod(count_cells(rule, shape)) for shape in peers)
     return Fraction(count_removed(rule, cells, step), cells) if cells else Fraction(0)
@@ -279,7 +279,7 @@ def _units_gone(
     for ranked in all_ranked:
         group, rule, _ = ranked
         units = group.num_units
-        if rule.scope == "rule":
+        if rule.ranks_together:
             units = sum(math.prod(g.shape) for g, r, _ in all_ranked if r == rule)
         gone = count_removed(rule, units, step)
         yield ranked, Fraction(gone * group.num_units, units)

@@ -33,7 +33,8 @@ class Rule:
       score: what makes a cell worth keeping, summed over its weights in float32:
         called with the weights, or with weights and gradients if it takes two
         arguments. `jnp.abs` ranks cells by L1 norm, `jnp.square` by L2.
-      scope: "tensor" ranks each tensor by itself, "rule" all tensors together.
+      scope: "tensor" ranks each tensor by itself, "rule" all tensors together, as
+        layers always are.
       stacked_axes: so many leading axes index separate tensors of the same shape,
         as in layers stacked by `scan`; each is ranked by itself. A tuple of their
         numbers says which axes these are, where they are others: `(1,)`. The structure
@@ -100,6 +101,11 @@ polynomial_schedule(0.8, begin_step=0, end_step=400, frequency=20), scope='rule'
                     f"{self}: units names groups of filters, channels or heads, which "
                     f"its structure is not: {self.structure}"
                 )
+        if self.prunes_layers and (self.units is not None or stacked):
+            raise ValueError(
+                f"{self}: {self.structure} finds the layers by itself; leave units and "
+                f"stacked_axes out"
+            )
         if self.structure and self.structure.keep_n_of_m:
             self._check_n_of_m(*self.structure.keep_n_of_m)
 
@@ -155,9 +161,20 @@ polynomial_schedule(0.8, begin_step=0, end_step=400, frequency=20), scope='rule'
     def prunes_units(self) -> bool:
         """Whether its cells are slabs, such as filters, which other parameters share.
 
-        With couplings such a rule ranks and masks whole units.
+        With couplings such a rule ranks and masks whole units; layers are units, too.
         """
-        return self.structure is not None and self.structure.axis is not None
+        has_slabs = self.structure is not None and self.structure.axis is not None
+        return has_slabs or self.prunes_layers
+
+    @property
+    def prunes_layers(self) -> bool:
+        """Whether its cells are whole layers."""
+        return self.structure is not None and self.structure.is_of_layers
+
+    @property
+    def ranks_together(self) -> bool:
+        """Whether all its cells compete with each other."""
+        return self.scope == "rule" or self.prunes_layers
 
     def __str__(self) -> str:
         return f"rule {self.pattern!r}"
@@ -327,7 +344,7 @@ def _count_cells(
             f"{_MAX_CELLS} cells; rank its leading axes apart with stacked_axes"
         )
     cell_size = math.prod(tensor) // max(cells, 1)
-    if cell_size > _MAX_CELL_SIZE:
+    if cell_size > _MAX_CELL_SIZE and not rule.prunes_layers:  # of one or of many
         raise ValueError(
             f"{rule} cannot prune {path}: a cell of {cell_size} weights is more than "
             f"{_MAX_CELL_SIZE}, up to which sums are exact"

@@ -24,6 +24,7 @@ class Structure:
         along `axis`, of which the last event keeps n; None where all cells compete. An
         axis of None is that of the input features.
       axis: the one axis that is divided, where cells span all others; else None.
+      is_of_layers: whether cells are whole layers, of many tensors.
 
     >>> filters(), filters() == filters(axis=-1), filters().axis
     (filters(axis=-1), True, -1)
@@ -33,6 +34,7 @@ class Structure:
     box: Callable[[Shape], Shape] = dataclasses.field(compare=False, repr=False)
     keep_n_of_m: tuple[int, int, int | None] | None = None
     axis: int | None = None
+    is_of_layers: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -172,6 +174,18 @@ def heads(count: int, axis: int = -1) -> Structure:
         return _slabs(shape, axis, count)
 
     return Structure(f"heads({count}, axis={axis})", box, axis=axis)
+
+
+def layers() -> Structure:
+    """One cell per layer: what it adds to a residual stream, in all its parameters.
+
+    For rules with couplings. Where layers are stacked for a `scan`, they are the
+    entries of the first axis. In a Python loop a layer is the residual branches of
+    which the pattern's parentheses capture the same text, as in `(h_\\d+)/.*`; without
+    parentheses it goes by the path up to its first name with a number, such as `h_3`
+    or `blocks/3`.
+    """
+    return Structure("layers()", lambda shape: shape, is_of_layers=True)
 
 
 def box_shape(structure: Structure, shape: Shape) -> Shape:

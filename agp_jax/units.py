@@ -59,7 +59,12 @@ def rank_groups(
     for leaf in leaves.values():
         if not leaf.rule.prunes_units:
             continue
-        for group, member in _groups_of(leaf, couplings):
+        if leaf.rule.prunes_layers:
+            stack = stack_of(leaf, couplings)
+            here = [] if stack is None else [stack]  # else it is of a loop
+        else:
+            here = _groups_of(leaf, couplings)
+        for group, member in here:
             so_far = ranked.get(group.name, RankedGroup(group, leaf.rule, ()))
             if _wishes(so_far.rule) != _wishes(leaf.rule):
                 raise ValueError(
@@ -187,6 +192,29 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
             f"Rule(..., units={re.escape(here[-1][0].name)!r})"
         )
     return here
+
+
+def stack_of(leaf: Leaf, couplings: Couplings) -> tuple[Group, Member] | None:
+    """The layers that a leaf holds stacked for a scan; None if it does not.
+
+    Raises:
+      ValueError: if they cannot be removed exactly.
+    """
+    found = [
+        (group, member)
+        for group in couplings.groups
+        for member in group.members
+        if member.path == leaf.path and member.role == "layer"
+    ]
+    if not found:
+        return None
+    group, member = min(found, key=lambda home: home[1].axis)  # of the outermost scan
+    if not group.exact:
+        raise ValueError(
+            f"{leaf.rule} prunes {leaf.path} by {leaf.structure}, but a model without "
+            f"these layers is another one than one with zeros ({group.inexact})"
+        )
+    return group, member
 
 
 def _describe_homes(leaf: Leaf, homes: Sequence[tuple[Group, Member]]) -> str:

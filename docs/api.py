@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "api.md"
 
 PARTS = {
     "Schedules": "polynomial_schedule one_shot schedule_within Schedule",
-    "Structures": "element block n_of_m filters channels heads Structure",
+    "Structures": "element block n_of_m filters channels heads layers Structure",
     "Rules": "Rule dense match_rules",
     "Optimizer": "prune PruneState get_masks",
     "Masks": "make_masks apply_masks sparsity fingerprint",

@@ -1,8 +1,11 @@
 """Whole layers, pruned and cut: of stacks that a scan steps through, and of loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
@@ -177,3 +180,250 @@ def test_layers_whose_number_an_input_or_output_has_are_fixed():
     for fn, inputs in ((with_output, (X,)), (with_input, (X, jnp.ones((4, 2, 3))))):
         couplings = agp.find_couplings(fn, STACK, *inputs)
         assert not any(group.is_stack for group in couplings.groups)
+
+
+# Loops
+
+STREAM = "h_0/down[1]"  # the group of its features
+NAMES = ("h_0", "h_1", "h_2")
+ONE = {"norm": (3,), "up": (3, 5), "down": (5, 3), "gain": ()}
+LOOP = draw({"in": (3, 3), "head": (3, 2), **dict.fromkeys(NAMES, ONE)}, seed=9)
+IN_BRANCHES = {f"{name}/{leaf}" for name in NAMES for leaf in ONE}
+
+
+def loop(params, x):
+    """Three layers, of which the second is remembered in part alone."""
+    x = x @ params["in"]
+    for name in NAMES:
+        add = jax.checkpoint(gained) if name == "h_1" else gained
+        x = add(x, params[name])
+    return x @ params["head"]
+
+
+def gained(x, weights):
+    return x + weights["gain"] * branch(x, weights)
+
+
+def without(cut):
+    """What a cut leaves of the loop's parameters, by names."""
+    return {path for path in cut.shapes if path not in cut.gone}
+
+
+def test_layers_of_a_loop_go_whole():
+    couplings = agp.find_couplings(loop, LOOP, X)
+    assert {frozenset(b.leaves) for b in couplings.branches} == {
+        frozenset(f"{name}/{leaf}" for leaf in ONE) for name in NAMES
+    }
+    first, second, _ = (branch.name for branch in couplings.branches)
+    removed = {first: [0], second: [0]}
+    cut = assert_equal_when_cut(loop, LOOP, removed, X)
+    assert set(cut.gone) == {f"{n}/{leaf}" for n in ("h_0", "h_1") for leaf in ONE}
+    assert "h_0/up: (3, 5) -> gone" in str(cut) and bool(cut) and all(cut.gone.values())
+    assert agp.Cut.from_dict(cut.to_dict()) == cut
+    small = agp.thin(LOOP, cut)
+    assert small["h_0"] == dict.fromkeys(ONE) and small["h_2"] == LOOP["h_2"]
+    # Nothing is computed in its place.
+    costs = [
+        agp.measure_cost(fn, params, X).macs
+        for fn, params in ((loop, LOOP), (agp.thin_function(loop, LOOP, cut), small))
+    ]
+    assert costs[0] - costs[1] == 2 * (2 * 3 * 5 * 2)
+
+
+def test_layers_of_a_loop_go_with_units_of_those_that_stay():
+    couplings = agp.find_couplings(loop, LOOP, X)
+    removed = {couplings.branches[0].name: [0], "h_1/up[1]": [1, 2], STREAM: [0]}
+    cut = assert_equal_when_cut(loop, LOOP, removed, X)
+    assert cut.thin_shape("h_1/up") == (2, 3) and "h_0/up" in cut.gone
+    masks = couplings.masks(removed)
+    for first in ([couplings.branches[0].name], ["h_1/up[1]", STREAM]):
+        early = agp.plan_cut(couplings.masks({n: removed[n] for n in first}), couplings)
+        fn, small = agp.thin_function(loop, LOOP, early), agp.thin(LOOP, early)
+        later = agp.plan_cut(agp.thin(masks, early), agp.find_couplings(fn, small, X))
+        assert early.then(later) == cut
+        with pytest.raises(ValueError, match="this cut leaves"):
+            early.then(early)
+    report = agp.check_cut(loop, LOOP, masks, cut, X, tolerance=-1)
+    assert set(report.groups) == {*removed} and report.error < 1e-6
+
+
+def test_a_branch_that_is_not_all_masked_stays():
+    couplings = agp.find_couplings(loop, LOOP, X)
+    masks = couplings.masks({couplings.branches[0].name: [0]})
+    for leaf in ONE:
+        assert not agp.plan_cut(
+            masks | {"h_0": masks["h_0"] | {leaf: np.ones(ONE[leaf], bool)}}, couplings
+        ).gone
+    needed = min(couplings.branches[0].needed).split("/")[1]
+    some = {leaf: mask for leaf, mask in masks["h_0"].items() if leaf != needed}
+    assert not agp.plan_cut({"h_0": some}, couplings).gone
+
+
+def tied(params, x):
+    for name in NAMES:
+        x = x + branch(x, params[name] | {"down": params["h_0"]["down"]})
+    return x
+
+
+def after_norm(params, x):
+    for name in NAMES:
+        x = branch(x + branch(x, params[name]), params["h_0"])
+    return x
+
+
+def two_ways(params, x):
+    return branch(x, params["h_0"]) + branch(x, params["h_1"])
+
+
+def divided_loop(params, x):
+    made = branch(x, params["h_0"])
+    return x + made / jnp.linalg.norm(made, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    "fn, branches",
+    [
+        (tied, [{"norm", "up"}, {"norm", "up"}]),
+        (after_norm, [{"norm", "up", "down"}, {"norm", "up", "down"}]),
+        (two_ways, []),  # either could go, and then the other is the stream
+        (divided_loop, []),  # 0 / 0
+    ],
+)
+def test_a_branch_has_what_is_of_use_for_it_alone(fn, branches):
+    couplings = agp.find_couplings(fn, {n: LOOP[n] for n in NAMES}, X)
+    found = [{path.split("/")[1] for path in b.leaves} for b in couplings.branches]
+    assert [x for x in found if "gain" not in x][-len(branches) or 99 :] == branches
+
+
+def normed(variables, x, train):
+    """Layers with running statistics, and what these are after a step."""
+    params, stats = variables["params"], dict(variables["batch_stats"])
+    for name in NAMES:
+        hidden = x @ params[name]["up"]
+        mean = hidden.mean(0) if train else stats[name]
+        if train:
+            stats[name] = 0.9 * stats[name] + 0.1 * mean
+        hidden = jnp.tanh(hidden - mean[None])
+        x = x + hidden @ params[name]["down"]
+    return x, {"batch_stats": stats}
+
+
+def test_statistics_of_a_layer_go_with_it():
+    variables = {
+        "params": {n: {"up": LOOP[n]["up"], "down": LOOP[n]["down"]} for n in NAMES},
+        "batch_stats": draw(dict.fromkeys(NAMES, (5,)), seed=3),
+    }
+    couplings = agp.find_couplings(lambda v, x: normed(v, x, False)[0], variables, X)
+    masks = couplings.subtree("params").masks({"h_1/down": [0]})
+    cut = agp.plan_cut({"params": masks}, couplings)
+    assert cut.gone == {
+        "params/h_1/up": True, "params/h_1/down": True, "batch_stats/h_1": False,
+    }  # fmt: skip
+    zeroed = agp.apply_masks(variables, {"params": masks})
+    for train in (False, True):
+        fn = lambda v, x, train=train: normed(v, x, train)  # noqa: E731
+        found = agp.thin_function(fn, variables, cut)(agp.thin(zeroed, cut), X)
+        out, stats = fn(zeroed, X)
+        assert_trees_equal(found, (out, agp.thin(stats, cut)), rtol=1e-6)
+    reads = agp.thin_function(
+        lambda v, x: x + v["batch_stats"]["h_1"].sum(), variables, cut
+    )
+    with pytest.raises(ValueError, match="still reads batch_stats/h_1.*reduce_sum"):
+        reads(agp.thin(zeroed, cut), X)
+
+
+# Rules
+
+
+def test_a_rule_prunes_layers_by_all_that_it_names_of_them():
+    score = lambda name, leaf="down": float(jnp.abs(LOOP[name][leaf]).sum())  # noqa: E731
+    couplings = agp.find_couplings(loop, LOOP, X)
+    for pattern, own in (
+        (r"h_\d/.*", [*ONE]),
+        (r"(h_\d)/down", ["down"]),
+        (r"(h_.)/up|(h_.)/norm", ["up", "norm"]),
+    ):
+        rules = [agp.Rule(pattern, agp.layers(), agp.one_shot(0.4))]
+        make = functools.partial(agp.make_masks, rules=rules, couplings=couplings)
+        masks = jax.jit(make, static_argnames="step")(LOOP, step=0)
+        weakest = min(NAMES, key=lambda name: sum(score(name, leaf) for leaf in own))
+        lost = agp.sparsity(masks)
+        lost.pop("total")
+        assert lost == {path: float(path.startswith(weakest)) for path in IN_BRANCHES}
+
+
+def test_training_prunes_layers_gradually_and_goes_on_after_the_cut():
+    def fn(params, x):
+        return loop(params["loop"], stack(params["stack"], x))
+
+    params = {"loop": LOOP, "stack": STACK}
+    couplings = agp.find_couplings(fn, params, X)
+    schedule = agp.polynomial_schedule(0.6, begin_step=1, end_step=3)
+    rules = [agp.Rule(r"loop/(h_.)/down|stack/.*", agp.layers(), schedule)]
+    tx = agp.prune(optax.adam(0.01), rules, couplings=couplings)
+    state = tx.init(params)
+
+    def train(fn, tx, params, state, steps):
+        @jax.jit
+        def update(params, state):
+            grads = jax.grad(lambda p: jnp.square(fn(p, X) - 1).sum())(params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        states = [(params, state)]
+        for _ in range(steps):
+            states.append(update(*states[-1]))
+        return states[1:]
+
+    def layers_left(masks):
+        alive = [bool(masks["loop"][n]["down"].all()) for n in NAMES]
+        return alive + masks["stack"]["down"].all((1, 2)).tolist()
+
+    before = layers_left(agp.get_masks(state))
+    states = train(fn, tx, params, state, 4)
+    for count, (_, state) in zip((0, 3, 4, 4), states, strict=True):
+        masks = agp.get_masks(state)
+        now = layers_left(masks)
+        assert now.count(False) == count and now <= before
+        for path, part in agp.sparsity(masks).items():
+            assert path == "total" or path.startswith("stack") or part in (0, 1)
+        before = now
+    params, state = states[-1]
+    cut = agp.plan_cut(masks, couplings)
+    assert cut.thin_shape("stack/up")[0] == sum(now[3:])
+    assert len(cut.gone) == len(ONE) * now[:3].count(False)
+    small = agp.thin(params, cut), agp.thin_opt_state(state, params, cut).inner_state
+    ((expected, _),) = train(fn, tx, params, state, 1)
+    ((found, _),) = train(
+        agp.thin_function(fn, params, cut), optax.adam(0.01), *small, 1
+    )
+    assert_trees_equal(found, agp.thin(expected, cut), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        (r"(h_0|h_1)/.*|head", "prunes head by .*part of no residual branch"),
+        ("head", "no name in it has a number.*in parentheses"),
+        (r"(h)_./up", None),
+        (r"h_./(up|down)", "branch of several layers: down, up.*in parentheses"),
+    ],
+)
+def test_rules_for_what_is_no_layer_raise(pattern, message):
+    couplings = agp.find_couplings(loop, LOOP, X)
+    rules = [agp.Rule(pattern, agp.layers(), agp.one_shot(0.5))]
+    if message is None:  # one layer, which stays
+        masks = agp.make_masks(LOOP, rules, 0, couplings=couplings)
+        assert agp.sparsity(masks)["total"] == 0
+        return
+    with pytest.raises(ValueError, match=message):
+        agp.make_masks(LOOP, rules, 0, couplings=couplings)
+
+
+def test_rules_for_layers_need_couplings_and_no_axes():
+    rules = [agp.Rule("h_./.*", agp.layers(), agp.one_shot(0.5))]
+    with pytest.raises(ValueError, match="pass couplings=agp.find_couplings"):
+        agp.make_masks(LOOP, rules, 0)
+    for options in ({"stacked_axes": 1}, {"units": ".*"}):
+        with pytest.raises(ValueError, match="leave units and stacked_axes out"):
+            agp.Rule("h_./.*", agp.layers(), agp.one_shot(0.5), **options)

@@ -37,10 +37,12 @@ ORDER = [
     "programs.reductions",  # and for each that reduces them
     "programs.propagation",  # label rules, applied to a whole program
     "programs.analyses",  # the labels of a whole function
+    "programs.branching",  # what is added to streams, and can be left out
     "programs.grouping",  # and the couplings that follow from them
     # prune: masks, and the optimizer that keeps them
     "cells",  # what a parameter's cells are ranked by
     "units",  # what coupled slices are ranked by
+    "branches",  # what layers of a loop are ranked by
     "contests",  # which of these compete, and how many go
     "masks",  # what the rules keep at a step
     "pruning",  # the optax transformation that prunes
@@ -49,6 +51,7 @@ ORDER = [
     "thinning.cuts",  # which slices stay
     "thinning.remains",  # what a cut leaves of every value of a function
     "thinning.resizing",  # equations whose parameters hold a size
+    "thinning.removal",  # a function without the leaves that are gone
     "thinning.replay",  # a function at the shapes of a cut
     "thinning.trees",  # what a cut leaves of any tree
     "thinning.states",  # and of an optimizer's state

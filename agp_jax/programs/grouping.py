@@ -13,6 +13,7 @@ import numpy as np
 
 from agp_jax.couplings import Couplings, Group, Member
 from agp_jax.programs.analyses import Analysis, analyse, even_parts, stacked_atoms
+from agp_jax.programs.branching import find_branches
 from agp_jax.programs.labels import Axis
 from agp_jax.trees import PyTree, Shape, abstract_array, expect_function
 
@@ -48,6 +49,7 @@ def find_couplings(
         variables=jax.tree.map(abstract_array, variables),
         frozen=_frozen_slices(analysis),
         axes=_axes_to_keep(analysis, slices, clusters),
+        branches=find_branches(analysis),
     )
 
 

@@ -21,7 +21,8 @@ class CutReport:
 
     Attributes:
       error: the largest difference of an output, relative to its largest entry.
-      groups: the error that each group makes by itself, where it is above `tolerance`.
+      groups: the error that each group or branch makes by itself, where it is above
+        `tolerance`.
       tolerance: up to here a difference counts as rounding.
     """
 
@@ -96,14 +97,22 @@ def check_cut(
                 alone = error_of(cut_units(couplings, dead))
                 if not alone <= tolerance:
                     groups[group.name] = alone
+        none = [np.zeros(group.shape, bool) for group in couplings.groups]
+        for branch in couplings.branches:
+            if cut.gone.keys() >= {*branch.leaves}:
+                gone = {path: cut.gone[path] for path in branch.leaves}
+                alone = error_of(cut_units(couplings, none, gone))
+                if not alone <= tolerance:
+                    groups[branch.name] = alone
     return CutReport(error, groups, tolerance)
 
 
 def _units_in(cut: Cut, group: Group) -> np.ndarray:
     """Which units of a group a cut removes: bools of the group's shape."""
     *layers, _ = group.shape
-    gone = np.ones(group.shape, bool)
-    for member in group.members:
+    members = [m for m in group.members if m.path not in cut.gone]
+    gone = np.full(group.shape, bool(members))
+    for member in members:
         flags = np.zeros((*layers, cut.shapes[member.path][member.axis]), bool)
         kept = cut.get(member.path, {}).get(member.axis)
         if kept is None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.couplings import Couplings, Group, Member, slice_flags
+from agp_jax.couplings import Branch, Couplings, Group, Member, slice_flags
 from agp_jax.trees import PyTree, Shape, describe, expect, flatten_with_paths
 
 
@@ -23,6 +23,8 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
     Attributes:
       kept: what stays along the axes that are cut; all else stays as it is.
       shapes: of all leaves, before the cut.
+      gone: leaves of which nothing stays, in whose place a tree has None; and whether
+        they were all zero.
 
     >>> cut = Cut({"bias": {0: np.array([0, 2])}}, {"bias": (3,), "scale": (3,)})
     >>> print(cut)
@@ -33,6 +35,7 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
 
     kept: Mapping[str, Mapping[int, np.ndarray]]
     shapes: Mapping[str, Shape]
+    gone: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, path: str) -> Mapping[int, np.ndarray]:
         return self.kept[path]
@@ -43,16 +46,27 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
     def __len__(self) -> int:
         return len(self.kept)
 
+    def __bool__(self) -> bool:
+        return bool(self.kept or self.gone)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cut) and self.to_dict() == other.to_dict()
 
     def __str__(self) -> str:
-        return "\n".join(
+        lines = [
             f"{path}: {self.shapes[path]} -> {self.thin_shape(path)}" for path in self
-        )
+        ]
+        lines += [f"{path}: {self.shapes[path]} -> gone" for path in self.gone]
+        return "\n".join(lines)
 
     def thin_shape(self, path: str) -> Shape:
-        """The shape of a leaf after the cut."""
+        """The shape of a leaf after the cut.
+
+        Raises:
+          ValueError: if nothing of the leaf stays.
+        """
+        if path in self.gone:
+            raise ValueError(f"nothing of {path} stays, so it has no shape")
         axes = self.kept.get(path, {})
         return tuple(
             axes[i].shape[-1] if i in axes else size
@@ -70,29 +84,31 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
         shapes = inner(self.shapes)
         if not shapes:
             raise ValueError(f"nothing is under {prefix!r}; paths: {list(self.shapes)}")
-        return Cut(inner(self.kept), shapes)
+        return Cut(inner(self.kept), shapes, inner(self.gone))
 
     def then(self, later: "Cut") -> "Cut":
         """This cut and a later one of what it leaves, as one cut."""
         expect_cut(later)
         for path, shape in later.shapes.items():
-            if path not in self.shapes or self.thin_shape(path) != shape:
+            if path not in self.shapes:
+                left = "has no such path"
+            elif path in self.gone:
+                left = "leaves nothing of it"
+            else:
+                left = f"leaves {self.thin_shape(path)}"
+            if left != f"leaves {shape}":
                 raise ValueError(
                     f"the later cut is of {path} with shape {shape}, but this cut "
-                    + (
-                        f"leaves {self.thin_shape(path)}"
-                        if path in self.shapes
-                        else "has no such path"
-                    )
+                    f"{left}"
                 )
-        kept = {path: dict(axes) for path, axes in self.kept.items()}
+        kept = {p: dict(axes) for p, axes in self.kept.items() if p not in later.gone}
         for path, axes in later.kept.items():
             mine = kept.setdefault(path, {})
             if 0 in axes:
                 mine.update({k: x[axes[0]] for k, x in mine.items() if x.ndim == 2})
             for axis, indices in axes.items():
                 mine[axis] = _pick(mine[axis], indices) if axis in mine else indices
-        return Cut(kept, self.shapes)
+        return Cut(kept, self.shapes, {**self.gone, **later.gone})
 
     def to_dict(self) -> dict[str, Any]:
         """The cut as dicts, lists and numbers that JSON takes."""
@@ -102,6 +118,7 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
                 for path, axes in self.kept.items()
             },
             "shapes": {path: list(shape) for path, shape in self.shapes.items()},
+            "gone": dict(self.gone),
         }
 
     @classmethod
@@ -146,6 +163,7 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
                 for path, axes in saved["kept"].items()
             },
             {path: tuple(shape) for path, shape in saved["shapes"].items()},
+            saved.get("gone", {}),  # older ones have none
         )
 
 
@@ -163,7 +181,8 @@ def plan_cut(
     zeros make its removal exact has one. Leaves without masks, such as batch
     statistics, follow. At least one unit of a group stays, and no axis of a value
     inside the function becomes empty. A layer of a stack goes if all of it is masked,
-    and one stays; each that stays loses as many units as the one that loses least.
+    and one stays; each that stays loses as many units as the one that loses least. A
+    residual branch goes if all of it is masked, and takes its leaves along.
 
     Args:
       masks: bool arrays with the paths of the couplings: `{"params": masks}` for the
@@ -209,7 +228,19 @@ def plan_cut(
         if not group.is_stack:
             here = stays.get(group.members[0].path) if group.num_layers else None
             _keep_multiple(flags, round_to, here)
-    return cut_units(couplings, dead)
+    gone = {
+        path: path in known
+        for branch in couplings.branches
+        if _is_dead(branch, known) and (inexact or branch.inexact is None)
+        for path in branch.leaves
+    }
+    return cut_units(couplings, dead, gone)
+
+
+def _is_dead(branch: Branch, masks: Mapping[str, Any]) -> bool:
+    """Whether the masks remove all of a branch, and all that makes it zero."""
+    own = [masks[path] for path in branch.leaves if path in masks]
+    return branch.needed <= masks.keys() and not any(np.any(mask) for mask in own)
 
 
 def expect_cut(cut: Any) -> None:
@@ -231,23 +262,30 @@ def _layers_that_stay(
     }
 
 
-def cut_units(couplings: Couplings, dead: Sequence[np.ndarray]) -> Cut:
-    """The cut that removes the flagged units of each group."""
+def cut_units(
+    couplings: Couplings,
+    dead: Sequence[np.ndarray],
+    gone: Mapping[str, bool] | None = None,
+) -> Cut:
+    """The cut that removes the flagged units of each group, and whole leaves."""
     shapes = _shapes(couplings.variables)
-    gone: dict[tuple[str, int], np.ndarray] = {}
+    whole = {path: gone[path] for path in shapes if gone and path in gone}
+    slices: dict[tuple[str, int], np.ndarray] = {}
     for group, flags in zip(couplings.groups, dead, strict=True):
         if flags.any():
             for member in group.members:
                 home = (member.path, member.axis)
                 removed = slice_flags(member, flags, shapes[member.path])
-                gone[home] = gone.get(home, False) | removed
+                slices[home] = slices.get(home, False) | removed
     kept: dict[str, dict[int, np.ndarray]] = {}
-    for (path, axis), removed in sorted(gone.items(), key=lambda item: item[0]):
+    for (path, axis), removed in sorted(slices.items(), key=lambda item: item[0]):
+        if path in whole:
+            continue
         axes = kept.setdefault(path, {})  # the first axis comes first
         if removed.ndim == 2 and 0 in axes:
             removed = removed[axes[0]]
         axes[axis] = _indices(~removed)
-    return Cut(kept, shapes)
+    return Cut(kept, shapes, whole)
 
 
 def _indices(flags: np.ndarray) -> np.ndarray:

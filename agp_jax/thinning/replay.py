@@ -29,6 +29,7 @@ from agp_jax.thinning.remains import (
     is_inexact,
     kept_axes,
 )
+from agp_jax.thinning.removal import without_leaves
 from agp_jax.thinning.resizing import RESIZED, take, thin_shape
 from agp_jax.trees import (
     PyTree,
@@ -50,7 +51,8 @@ def thin_function(
     carry from batch to batch has as many rows as a batch. Numbers that `fn` computed
     from widths when it was traced, such as the divisor of a mean over channels, stay as
     they are: the result is what `fn` gives for masked variables. What has the size of
-    what was cut in the outputs, such as updated batch statistics, comes out thinned.
+    what was cut in the outputs, such as updated batch statistics, comes out thinned, or
+    as None where the leaf of that path is gone.
 
     Args:
       fn: called as `fn(variables, *args, **kwargs)`; all arguments are arrays.
@@ -77,6 +79,8 @@ def thin_function(
     expect_cut(cut)
     paths, leaves, treedef = flatten_with_paths(variables)
     _check_paths(paths, [abstract_array(x) for x in leaves], cut)
+    if cut.gone:
+        return thin_function(*without_leaves(fn, variables, cut))
     known: dict[Any, Remains] = {}
 
     def call(variables: PyTree, args: tuple[Any, ...], kwargs: Any) -> PyTree:

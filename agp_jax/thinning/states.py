@@ -30,7 +30,7 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
     shape, that shape after other axes (a history), or one entry. The factored moments
     of `adafactor` are means over an axis; they become the means over what stays, if
     what goes has been zero. Of weights that had gradients before they were masked a
-    rest stays in them, and fades.
+    rest stays in them, and fades. What belongs to a parameter that is gone is None.
 
     Args:
       opt_state: the state of an optimizer for `params`.
@@ -56,6 +56,8 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
         return leaf if isinstance(leaf, _Done) else _Done(thin_moment(leaf, i))
 
     def thin_moment(leaf: Any, i: int) -> Any:
+        if paths[i] in cut.gone:
+            return None
         kept = cut.get(paths[i], {})
         if not kept:
             return leaf
@@ -97,7 +99,7 @@ def _thin_rest(state: PyTree, shapes: Mapping[str, Shape], cut: Cut) -> PyTree:
     among masks; what is left has its parameter's shape and ends with its path. Moments
     that are rows and columns, as in sm3, or one long vector, are refused.
     """
-    cut_paths = [path for path in shapes if cut.get(path)]
+    cut_paths = [path for path in shapes if cut.get(path) or path in cut.gone]
     by_size = {math.prod(cut.shapes[path]): path for path in reversed(cut_paths)}
     if cut_paths:
         by_size.setdefault(sum(map(math.prod, shapes.values())), "all parameters")
@@ -109,7 +111,7 @@ def _thin_rest(state: PyTree, shapes: Mapping[str, Shape], cut: Cut) -> PyTree:
         ends = [path for path in shapes if f"/{place}".endswith(f"/{path}")]
         owner = max(ends, key=len, default=None)
         if owner is not None and shape == shapes[owner]:
-            return take_kept(leaf, cut.get(owner, {}))
+            return None if owner in cut.gone else take_kept(leaf, cut.get(owner, {}))
         owner = next((p for p in cut_paths if p and f"/{p}/" in f"/{place}/"), None)
         if owner is None and jnp.issubdtype(leaf.dtype, jnp.inexact):
             owner = by_size.get(math.prod(shape))
@@ -159,6 +161,9 @@ def _thin_factored(
     map_subtrees_like(lambda x, i: rows.setdefault(i, x), state.v_row, params)
     map_subtrees_like(lambda x, i: columns.setdefault(i, x), state.v_col, params)
     for i, row in rows.items():
+        if paths[i] in cut.gone:
+            rows[i] = columns[i] = None
+            continue
         kept = cut.get(paths[i], {})
         if kept and math.prod(jnp.shape(row)) > 1:
             shape, new_shape = cut.shapes[paths[i]], cut.thin_shape(paths[i])
@@ -177,6 +182,8 @@ def _thin_factored(
             rows[i], columns[i] = means if larger == new_larger else means[::-1]
 
     def thin_whole(leaf: Any, i: int) -> Any:
+        if paths[i] in cut.gone:
+            return None
         is_whole = jnp.shape(leaf) == cut.shapes[paths[i]]
         return take_kept(leaf, cut.get(paths[i], {})) if is_whole else leaf
 

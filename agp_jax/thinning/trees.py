@@ -10,7 +10,12 @@ import numpy as np
 from agp_jax.packing import PackedMask, pack, unpack
 from agp_jax.shardings import bring_together
 from agp_jax.thinning.cuts import Cut, expect_cut
-from agp_jax.trees import PyTree, abstract_array, flatten_with_paths
+from agp_jax.trees import (
+    PyTree,
+    abstract_array,
+    flatten_with_paths,
+    unflatten_around,
+)
 
 
 def thin(tree: PyTree, cut: Cut) -> PyTree:
@@ -18,7 +23,8 @@ def thin(tree: PyTree, cut: Cut) -> PyTree:
 
     Parameters, batch statistics, masks, gradients, moving averages; also parts of
     them. Works inside `jit`. Of arrays on many devices nothing comes to the host, and
-    the axes that are not cut stay divided.
+    the axes that are not cut stay divided. None stands in the place of a leaf that is
+    gone, and of the box that holds nothing else.
 
     Raises:
       ValueError: if a leaf has a path or shape that the cut does not know.
@@ -41,8 +47,9 @@ def thin(tree: PyTree, cut: Cut) -> PyTree:
                 f"the cut has no {path!r}; it has {', '.join(list(cut.shapes)[:3])}, "
                 f"... For a part of the variables use cut.subtree(...)"
             )
-        leaves.append(thin_leaf(leaf, cut.get(path, {}), cut.shapes[path], path))
-    return treedef.unflatten(leaves)
+        thinned = thin_leaf(leaf, cut.get(path, {}), cut.shapes[path], path)
+        leaves.append(None if path in cut.gone else thinned)
+    return unflatten_around(treedef, leaves, None)
 
 
 def thin_leaf(

@@ -172,7 +172,7 @@ class Prune:
       fold_norms: whether convolution kernels are ranked as they are once the
         normalisation that follows is folded into them.
       coupled: whether rules with filters, channels or heads prune whole units: every
-        slice that the model couples to theirs.
+        slice that the model couples to theirs. Layers need it.
       cut_step: the step after which these units are cut out and a smaller model trains
         on, a multiple of `log_every` and not before the last event of these rules; 0
         for never. What they named then falls to the next rules that match it. If not
@@ -486,6 +486,11 @@ def make_rules(config: Config) -> tuple[Rule, ...]:
             "a dense model"
         )
     for rule in rules:
+        if rule.prunes_layers and not prune.coupled:
+            raise ConfigError(
+                f"{rule} prunes {rule.structure}, which the model's couplings tell: "
+                f"set config.prune.coupled=True"
+            )
         if rule.schedule and rule.schedule.end_step > config.steps:
             raise ConfigError(
                 f"{rule} ends at step {rule.schedule.end_step}, after the run's last "

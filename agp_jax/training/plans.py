@@ -143,7 +143,7 @@ def make_plan(experiment: Experiment) -> Plan:
     sum is exact.
     """
     first, cut_step = experiment, experiment.config.prune.cut_step
-    if experiment.couplings or any(rule.scope == "rule" for rule in experiment.rules):
+    if experiment.couplings or any(rule.ranks_together for rule in experiment.rules):
         experiment, after = _rank(experiment)
     else:
         after = _count(experiment)

@@ -183,7 +183,7 @@ def announce(
         say(console, f"{experiment.mesh.size} devices ({axes}){of}")
     rules: list[Rule] = jax.tree.leaves(experiment.matched)  # one for each tensor
     for rule in dict.fromkeys(rules):
-        ranked = "together" if rule.scope == "rule" else "each"
+        ranked = "together" if rule.ranks_together else "each"
         say(
             console,
             f"{rule} prunes {rules.count(rule)} tensors by {rule.structure}, {ranked}: "
