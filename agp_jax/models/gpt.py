@@ -21,13 +21,13 @@ class Gpt(nn.Module):
 
     A cut may take features of the MLPs, features of values, and heads: keys and values
     with all of their queries, or as many queries of each key. It may take others in
-    each layer, but as many. Queries and keys keep their features, by whose number a
-    kernel tells how many heads it has.
+    each layer, but as many; and it may take whole layers. Queries and keys keep their
+    features, by whose number a kernel tells how many heads it has.
 
     Attributes:
       vocabulary: how many tokens there are; the embedding also makes the logits.
       width: of the residual stream.
-      depth: how many layers there are.
+      depth: how many layers there are, if none are stored yet.
       num_heads: how many heads of queries a layer has.
       num_kv_heads: how many of keys and values; by default as many.
       head_dim: features of a head, an even number; by default heads share the width.
@@ -71,7 +71,7 @@ class Gpt(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast),
-            length=self.depth,
+            length=self._stored_depth() or self.depth,
         )(
             width=self.width,
             num_heads=self.num_heads,
@@ -86,6 +86,13 @@ class Gpt(nn.Module):
         )
         x, _ = blocks(x, *waves(tokens.shape[1], head_dim))
         return embedding.attend(_RmsNorm(self.width, name="final_norm")(x))
+
+    def _stored_depth(self) -> int | None:
+        """How many layers the stored kernels have; None if there are none yet."""
+        if not self.has_variable("params", "blocks"):
+            return None
+        kernels = jax.tree.leaves(self.get_variable("params", "blocks"))
+        return kernels[0].shape[0]
 
     def _heads(self) -> tuple[int, int]:
         """How many features a head has, and how many heads of keys there are."""
