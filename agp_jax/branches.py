@@ -35,7 +35,8 @@ class Layers(NamedTuple):
     members: Mapping[str, int]
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
+        """How many there are."""
         return 1 + max(self.scored.values())
 
 
@@ -68,14 +69,14 @@ def rank_layers(leaves: Mapping[str, Leaf], couplings: Couplings) -> list[Layers
 
 def enter_layers(layers: Layers, leaves: Mapping[str, Leaf]) -> Entrant:
     """The layers as they enter a contest."""
-    scores = [jnp.zeros((), jnp.float32)] * layers.count
-    alive = [jnp.zeros((), bool)] * layers.count
+    scores = [jnp.zeros((), jnp.float32)] * layers.number
+    alive = [jnp.zeros((), bool)] * layers.number
     for path, number in layers.scored.items():
         score, is_alive = _score_whole(leaves[path])
         scores[number] += score
         alive[number] |= is_alive
     arrays = (jnp.stack(scores), jnp.stack(alive))
-    return Entrant(arrays, cell_keys, shape=(layers.count,))
+    return Entrant(arrays, cell_keys, shape=(layers.number,))
 
 
 def masks_of_layers(

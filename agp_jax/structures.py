@@ -184,6 +184,22 @@ def layers() -> Structure:
     which the pattern's parentheses capture the same text, as in `(h_\\d+)/.*`; without
     parentheses it goes by the path up to its first name with a number, such as `h_3`
     or `blocks/3`.
+
+    >>> import agp_jax as agp
+    >>> import jax.numpy as jnp
+    >>> def net(params, x):
+    ...     for name in sorted(params):
+    ...         x = x + jnp.maximum(x @ params[name]["up"], 0) @ params[name]["down"]
+    ...     return x
+    >>> params = {
+    ...     f"h_{i}": {"up": jnp.full((2, 4), i + 1.0), "down": jnp.ones((4, 2))}
+    ...     for i in range(2)
+    ... }
+    >>> couplings = agp.find_couplings(net, params, jnp.ones((1, 2)))
+    >>> rules = [agp.Rule("h_.*/up", layers(), agp.one_shot(0.5))]
+    >>> masks = agp.make_masks(params, rules, 0, couplings=couplings)
+    >>> agp.thin(params, agp.plan_cut(masks, couplings))["h_0"]
+    {'down': None, 'up': None}
     """
     return Structure("layers()", lambda shape: shape, is_of_layers=True)
 

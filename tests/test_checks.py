@@ -69,7 +69,7 @@ def test_a_group_that_is_not_exact_is_named():
 
 def test_stacked_layers_are_checked_too():
     couplings = agp.find_couplings(stacked, STACKED, X)
-    (group,) = couplings.groups
+    group = couplings["layers/up[2]"]
     masks = couplings.masks({group.name: np.array([[0, 1], [1, 3], [2, 3]])})
     cut = agp.plan_cut(masks, couplings)
     assert agp.check_cut(stacked, STACKED, masks, cut, X).error < 1e-6

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from runs import (
@@ -144,6 +145,36 @@ def test_a_decoder_trains_with_its_layers_stacked(tmp_path):
     assert summary["test_perplexity"] < 256
     text = write_text(config, tmp_path, "def", length=15)  # beyond a window of 12
     assert text.startswith("def") and len(text.encode()) >= 18
+
+
+def test_a_decoder_loses_layers_and_trains_on(tmp_path):
+    """Stopped after its cut, it goes on with the layers that are left."""
+    config = lstm_config(
+        distill=Distill(),
+        steps=6,
+        log_every=2,
+        checkpoint_every=2,
+        model=Model(name="gpt", width=8, depth=4, num_heads=2, dropout=0.1),
+        optimizer=Optimizer(name="adamw", learning_rate=0.01, clip_norm=1.0),
+        prune=Prune(
+            final_sparsity=0.5,
+            end_step=2,
+            rules=(agp.Rule("blocks/.*", agp.layers()),),
+            coupled=True,
+            cut_step=2,
+        ),
+    )
+    with pytest.raises(Stop):
+        loop.run(config, tmp_path, StopAt(4))
+    cut = run_quietly(config, tmp_path)["cut"]
+    layer = 4 * 8 * 8 + 3 * 8 * 24
+    assert cut["before"]["weights"] - cut["after"]["weights"] == 2 * layer
+    assert cut["before"]["test_perplexity"] == cut["after"]["test_perplexity"]
+    params = checkpoint.restore_variables(tmp_path, step="latest")["params"]
+    assert {x.shape[0] for x in jax.tree.leaves(params["blocks"])} == {2}
+    config.prune.coupled = False
+    with pytest.raises(ConfigError, match="set config.prune.coupled=True"):
+        set_up(config)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import agp_jax as agp
+from agp_jax.models.resnet_cifar import CifarResNet
 from tests.thinning_cases import assert_trees_equal, draw, masked
 
 X = draw((2, 3), seed=7)
@@ -330,6 +331,32 @@ def test_statistics_of_a_layer_go_with_it():
     )
     with pytest.raises(ValueError, match="still reads batch_stats/h_1.*reduce_sum"):
         reads(agp.thin(zeroed, cut), X)
+
+
+def test_residual_blocks_of_a_bundled_model_go_whole():
+    """Those that pad their shortcut, too; of statistics come out those that stay."""
+    model = CifarResNet(3, depth=8, width=2)
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 8, 3)), "float32")
+    variables = jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(0), images
+    )
+    predict = functools.partial(model.apply, train=False)
+    couplings = agp.find_couplings(predict, variables, images)
+    rules = [agp.Rule(r"(stage\d/block\d)/.*", agp.layers(), agp.one_shot(0.4))]
+    masks = {
+        "params": agp.make_masks(
+            variables["params"], rules, 0, couplings=couplings.subtree("params")
+        )
+    }
+    cut = agp.plan_cut(masks, couplings)
+    assert len(cut.gone) == 6 + 4  # kernels, scales and biases; means and variances
+    zeroed = agp.apply_masks(variables, masks)
+    train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    out, stats = jax.jit(train)(zeroed, images)
+    thinned = jax.jit(agp.thin_function(train, variables, cut))
+    expected = out, agp.thin(stats, cut)
+    found = thinned(agp.thin(zeroed, cut), images)
+    assert_trees_equal(found, expected, rtol=1e-5, atol=1e-6)
 
 
 # Rules

@@ -236,5 +236,5 @@ def test_the_package_only_re_exports_each_public_name_once():
             assert node.module.startswith("agp_jax.")
             names += [alias.asname or alias.name for alias in node.names]
     assert sorted(names) == agp_jax.__all__ == sorted(set(agp_jax.__all__))
-    modules = {part for name in ORDER for part in name.split(".")}
-    assert not set(names) & modules, "a function shares its module's name"
+    modules = {name.partition(".")[0] for name in ORDER}
+    assert not set(names) & modules, "a name of the package hides a module of it"

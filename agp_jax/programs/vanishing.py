@@ -192,8 +192,9 @@ def _before(
     if places := summands(maker):
         proofs = [zeros.of(v) for v in ins]
         for k in places:
-            if proofs[1 - k] is not None and proofs[k] is None:
-                return Origin(ins[k], proofs[1 - k])
+            proof = proofs[1 - k]
+            if proof is not None and proofs[k] is None:
+                return Origin(ins[k], proof)
     elif name in _HANDED_ON:
         return Origin(ins[place])
     elif name == "convert_element_type":
