@@ -58,6 +58,8 @@ class Group:
         same to float rounding.
       num_layers: for the weights of layers that a scan steps through, how many there
         are; each may lose other units, but all as many. None if units are of one kind.
+      num_chosen: how many of the units the function chooses at a time, such as experts
+        for a token, of which so many must stay; 0 if it does not choose.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Group:
     members: tuple[Member, ...]
     inexact: str | None = None
     num_layers: int | None = None
+    num_chosen: int = 0
 
     @property
     def exact(self) -> bool:
@@ -85,7 +88,8 @@ class Group:
     def __str__(self) -> str:
         stack = f"{self.num_layers} x " if self.num_layers else ""
         kind = "exact" if self.exact else f"not exact: {self.inexact}"
-        lines = [f"{self.name}: {stack}{self.num_units} units, {kind}"]
+        chosen = f", {self.num_chosen} chosen at a time" if self.num_chosen else ""
+        lines = [f"{self.name}: {stack}{self.num_units} units{chosen}, {kind}"]
         for member in self.members:
             slices = member.indices.shape[1]
             times = f" x {slices}" if slices > 1 else ""

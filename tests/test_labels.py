@@ -11,11 +11,13 @@ from agp_jax.programs.jaxprs import trace
 from agp_jax.programs.labels import (
     Axis,
     Flow,
+    Held,
     Value,
     all_zeros,
     any_zeros,
     merge,
     reshape,
+    same_held,
     split,
 )
 
@@ -177,13 +179,28 @@ def test_a_sum_is_zero_where_all_are_and_a_product_where_one_is():
     assert all_zeros([]) == frozenset()
 
 
-def test_a_sum_over_products_rests_on_the_fewest_zeros_or_changes():
+def test_a_sum_over_zeros_rests_on_them_and_one_over_others_changes():
     flow = Flow()
     axis = flow.fresh(2)
-    flow.sums_over(axis, frozenset({1, 2}), frozenset({3}))
+    flow.sums_over(axis, any_zeros(zeros_of({1, 2}, {3})))
     assert flow.relied == [(axis.atoms, {3})] and not flow.inexact
-    flow.sums_over(axis, None, None)
+    flow.sums_over(axis, any_zeros(zeros_of(None, None)))
     assert len(flow.relied) == len(flow.inexact) == 1
+
+
+def test_zero_times_infinity_is_no_zero():
+    (zero,) = zeros_of({1})
+    lowest = Axis(zero.atoms, other=Held(-np.inf, frozenset({2})))
+    assert any_zeros([zero, lowest]) is None
+    one = Axis(zero.atoms, other=Held(1.0, frozenset({2})))
+    assert any_zeros([zero, one]) == {1}
+
+
+def test_several_values_hold_one_number_if_each_does():
+    one, other = Held(1.0, frozenset({1})), Held(1.0, frozenset({2}))
+    assert same_held([one, other]) == Held(1.0, frozenset({1, 2}))
+    assert same_held([one, None]) is same_held([one, Held(0.0, frozenset())]) is None
+    assert same_held([]) is None
 
 
 def test_values_are_tied_axis_by_axis():

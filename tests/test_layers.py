@@ -33,6 +33,7 @@ ORDER = [
     "programs.elementwise",  # what ties what, and where zeros stay zeros
     "programs.vanishing",  # what is wholly zero once certain leaves are
     "programs.constants",  # what is known when tracing
+    "programs.numbers",  # integers that count the indices of an axis
     "programs.moves",  # a label rule for each primitive that hands axes on
     "programs.reductions",  # and for each that reduces them
     "programs.propagation",  # label rules, applied to a whole program

@@ -674,6 +674,150 @@ def test_what_goes_along_positions_hands_on_the_features(fn):
     assert cut == {"up": (5, 3), "mix": (3, 3, 5), "out": (5, 3)}
 
 
+def without_zeros(hidden):
+    return jnp.where(jnp.any(hidden != 0, axis=0), hidden, -jnp.inf)
+
+
+def without_zeros_by_all(hidden):
+    return jnp.where(jnp.all(hidden == 0, 0, keepdims=True), -jnp.inf, hidden)
+
+
+def shifted(hidden):
+    absent = jnp.where(jnp.all(hidden == 0, 0, keepdims=True), -jnp.inf, 0.0)
+    return jnp.flip(2 * (hidden - 1 + absent) / 3, axis=1)[:, ::-1]
+
+
+@pytest.mark.parametrize("lowered", [without_zeros, without_zeros_by_all, shifted])
+def test_what_is_minus_infinity_where_masked_is_left_out(lowered):
+    """Zeros that become minus infinity count in no maximum, and in no softmax."""
+
+    def fn(params, x):
+        logits = lowered(x @ params["up"])
+        total = jnp.sum(jax.nn.softplus(logits) + jax.nn.sigmoid(logits), -1)
+        ends = jnp.max(logits, -1) + jnp.min(-jnp.minimum(logits, 9), -1)
+        log_sum = jax.nn.logsumexp(logits, axis=-1)
+        scale = (total + ends + log_sum)[:, None]
+        return scale * jax.nn.softmax(logits) @ params["down"]
+
+    params = draw({"up": (5, 6), "down": (6, 3)})
+    assert agp.find_couplings(fn, params, X)["up[1]"].exact
+    cut = assert_equal_when_cut(fn, params, X, removed={"up[1]": [1, 4, 5]})
+    assert cut == {"up": (5, 3), "down": (3, 3)}
+
+
+@pytest.mark.parametrize(
+    "inexact",
+    [
+        lambda x: jnp.max(x + 1, axis=-1, keepdims=True),
+        lambda x: jnp.min(without_zeros(x), axis=-1, keepdims=True),
+        lambda x: jnp.sum(1 + jnp.exp(without_zeros(x)), axis=-1, keepdims=True),
+        lambda x: jnp.sum(jnp.sign(x) * without_zeros(x), axis=-1, keepdims=True),
+    ],
+)
+def test_other_numbers_count(inexact):
+    def fn(params, x):
+        x = x @ params["up"]
+        return inexact(x) * x @ params["down"]
+
+    params = draw({"up": (5, 6), "down": (6, 3)})
+    assert not agp.find_couplings(fn, params, X)["up[1]"].exact
+
+
+def best_two(params, x):
+    logits = without_zeros_of(params["router"], x)
+    return lax.top_k(logits, 2)[1]
+
+
+def without_zeros_of(router, x):
+    return jnp.where(jnp.any(router != 0, 0, keepdims=True), x @ router, -jnp.inf)
+
+
+EXPERTS = {"router": (5, 4), "up": (4, 5, 3)}
+
+
+def test_each_layer_may_lose_other_experts():
+    def fn(params, x):
+        def layer(x, kernels):
+            chosen = best_two(kernels, x)
+            order = jnp.argsort(chosen.ravel())
+            made = jnp.einsum("tc,tkch->th", x, kernels["up"][chosen])
+            sizes = jnp.bincount(chosen.ravel(), length=4).astype(jnp.int32)
+            runs = lax.ragged_dot(x[order // 2], kernels["gate"], sizes)
+            runs = jnp.zeros_like(runs).at[order].set(runs).reshape(4, 2, 3).sum(1)
+            first = kernels["first"][chosen[0, 0]][None]
+            return x + jnp.tanh(made + runs + first) @ kernels["down"], None
+
+        return lax.scan(layer, x, params)[0]
+
+    shapes = {**EXPERTS, "gate": (4, 5, 3), "down": (3, 5), "first": (4, 3)}
+    params = draw({path: (2, *shape) for path, shape in shapes.items()})
+    removed = {"router[2]": [[0, 3], [2, 1]]}
+    cut = assert_equal_when_cut(fn, params, X, removed=removed)
+    assert cut["router"] == (2, 5, 2) and cut["up"] == cut["gate"] == (2, 2, 5, 3)
+
+
+def test_numbers_of_experts_may_be_used_in_many_ways():
+    def fn(params, x):
+        up, chosen = params["up"], best_two(params, x)
+        here = jnp.expand_dims(chosen, -1)
+        ramp = jnp.arange(4)[None, None]
+        loads = jnp.bincount(chosen.ravel(), length=4).astype(up.dtype)
+        found = [
+            up[jnp.sort(chosen, axis=-1)[:, ::-1]],
+            up[jnp.stack([chosen, chosen[::-1]])[0]],
+            up[jnp.clip(chosen, 0, 3).astype(jnp.uint8)],
+            up.at[chosen.ravel(), 1].set(2.0)[chosen],
+            up.at[chosen[0, 0]].multiply(2.0)[chosen],
+            up[chosen] * (chosen + jnp.arange(4.0)[chosen])[..., None, None],
+            jnp.take(up, chosen, axis=0, mode="clip"),
+            jnp.take_along_axis(up, chosen[0, :, None, None], axis=0),
+            jnp.einsum("tke,ech->ch", (here == np.arange(4)[None, None]) * 1.0, up),
+            jnp.where(here != ramp, 0.0, 1.0) @ jnp.cumsum(loads)[:, None],
+            jnp.cumsum(loads)[chosen] - chosen,
+        ]
+        return sum(jnp.sum(jnp.sin(i + x)) for i, x in enumerate(found))
+
+    params = draw(EXPERTS)
+    assert agp.find_couplings(fn, params, X)["router[1]"].exact
+    cut = assert_equal_when_cut(fn, params, X, removed={"router[1]": [0, 2]})
+    assert cut == {"router": (5, 2), "up": (2, 5, 3)}
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda chosen, up: up[(chosen + 1) % 4],
+        lambda chosen, up: up[jnp.where(chosen > 1, chosen, 0)],
+        lambda chosen, up: up[3 - chosen],
+        lambda chosen, up: up[jnp.minimum(chosen, 2)],
+        lambda chosen, up: up.reshape(2, 2, 5, 3)[chosen // 2, chosen % 2],
+        lambda chosen, up: jnp.concatenate([up, up])[chosen + 4],
+    ],
+)
+def test_what_is_computed_of_numbers_fixes_what_it_picks_from(use):
+    def fn(params, x):
+        return use(best_two(params, x), params["up"])
+
+    couplings = agp.find_couplings(fn, draw(EXPERTS), X)
+    assert "gather at " in couplings.frozen["up", 0][0][2]
+
+
+def test_as_many_experts_stay_as_are_chosen():
+    def fn(params, x):
+        return params["up"][best_two(params, x)]
+
+    params = draw(EXPERTS)
+    couplings = agp.find_couplings(fn, params, X)
+    assert "4 units, 2 chosen at a time, exact" in str(couplings)
+    masks = couplings.masks({"router[1]": [0, 2, 3]})
+    cut = agp.plan_cut(masks, couplings)
+    assert cut.thin_shape("router") == (5, 2)
+    kept = {"router": {1: np.array([1])}, "up": {0: np.array([1])}}
+    thinned = agp.thin_function(fn, params, agp.Cut(kept, cut.shapes))
+    with pytest.raises(ValueError, match="leaves 1 of what top_k at .* chooses 2 from"):
+        thinned({"router": jnp.ones((5, 1)), "up": jnp.ones((1, 5, 3))}, X)
+
+
 def test_experts_of_ragged_products_lose_width_and_hidden_units():
     """The two best of three experts for each token, in runs of tokens sorted by it."""
 
@@ -698,9 +842,8 @@ def test_experts_of_ragged_products_lose_width_and_hidden_units():
     assert {g.name: g.exact for g in couplings.groups} == {
         "down[2]": True,
         "gate[2]": True,
+        "router[1]": False,  # zeros are no lowest numbers
     }
-    for path in ("gate", "up", "down"):
-        assert "ragged_dot_general at " in couplings.frozen[path, 0][0][2]
     removed = {"down[2]": [1, 4, 5], "gate[2]": [0, 3]}
     cut = assert_equal_when_cut(fn, params, x, removed=removed)
     assert cut["gate"] == cut["up"] == (3, 5, 4) and cut["down"] == (3, 4, 5)

@@ -165,6 +165,16 @@ AT_MOST = {
     "linear_attention": {"value": (5, 5), "out": (5, 3)},
     "dense_mixture": {"up": (3, 6, 4), "bias": (3, 4), "down": (3, 4, 5)},
     "top_k_mixture": {"stem": (6, 5), "up": (4, 5, 4), "down": (4, 4, 5)},
+    "sorted_experts": {"router": (6, 2), "up": (2, 6, 4), "down": (2, 4, 5)},
+    "stacked_experts": {
+        "layers/router": (2, 6, 2),
+        "layers/up": (2, 2, 6, 4),
+        "layers/bias": (2, 2, 4),
+        "layers/back": (2, 3, 6),
+    },
+    "picked_experts": {"router": (6, 2), "favour": (1, 2), "down": (2, 4, 5)},
+    "best_expert": {"up": (2, 6, 4), "bias": (2, 4), "shared": (6, 4)},
+    "experts_with_capacity": {"router": (6, 2), "up": (2, 6, 4), "down": (2, 4, 5)},
     "two_towers": {
         "conv": (3, 3, 3, 4),
         "image": (4, 3),

@@ -805,6 +805,108 @@ def top_k_mixture():
     return fn, variables, (numbers(3, 6),)
 
 
+def experts(num_experts=4, **shapes):
+    """A router of tokens to experts of two layers each."""
+    up, down = (num_experts, 6, 8), (num_experts, 8, 5)
+    kernels = {"router": (6, num_experts), "up": up, "down": down}
+    return weights(bias=(num_experts, 8), **kernels, **shapes)
+
+
+def route(variables, x):
+    """Logits: minus infinity for experts that are masked."""
+    router = variables["router"]
+    return jnp.where(jnp.any(router != 0, 0)[None], x @ router, -jnp.inf)
+
+
+def sorted_by_expert(variables, x, num_chosen=2):
+    """The best experts of each token, on runs of tokens that share one."""
+    values, chosen = lax.top_k(route(variables, x), num_chosen)
+    flat = chosen.ravel()
+    order = jnp.argsort(flat)
+    sizes = jnp.bincount(flat, length=variables["router"].shape[1])
+    routed = x[order // num_chosen]
+    hidden = lax.ragged_dot(routed, variables["up"], sizes)
+    hidden = nn.gelu(hidden + variables["bias"][flat[order]])
+    made = lax.ragged_dot(hidden, variables["down"], sizes)[jnp.argsort(order)]
+    made = made.reshape(*chosen.shape, -1)
+    return jnp.einsum("tkc,tk->tc", made, nn.softmax(values))
+
+
+def sorted_experts():
+    return sorted_by_expert, experts(), (numbers(5, 6),)
+
+
+def stacked_experts():
+    """Layers of a scan choose from experts of their own."""
+
+    def fn(variables, x):
+        def layer(x, kernels):
+            return x + sorted_by_expert(kernels, x) @ kernels["back"], None
+
+        return lax.scan(layer, x, variables["layers"])[0]
+
+    kernels = experts(back=(5, 6))
+    layers = jax.tree.map(lambda w: jnp.stack([w, w[::-1]]), kernels)
+    return fn, {"layers": layers}, (numbers(5, 6),)
+
+
+def picked_experts():
+    """Each token gets copies of its experts' kernels; chosen by sigmoids and a bias."""
+
+    def fn(variables, x):
+        scores = nn.sigmoid(route(variables, x))
+        absent = jnp.all(variables["router"] == 0, 0, keepdims=True)
+        favoured = jnp.where(absent, -jnp.inf, scores + variables["favour"])
+        _, chosen = lax.top_k(favoured, 2)
+        gates = jnp.take_along_axis(scores, chosen, axis=-1)
+        gates = gates / gates.sum(-1, keepdims=True)
+        hidden = jnp.einsum("tc,tkch->tkh", x, variables["up"][chosen])
+        hidden = nn.silu(hidden + variables["bias"][chosen])
+        return jnp.einsum("tkh,tkhc,tk->tc", hidden, variables["down"][chosen], gates)
+
+    return fn, experts(favour=(1, 4)), (numbers(5, 6),)
+
+
+def best_expert():
+    """One expert for each token, of all that are computed, and a shared one."""
+
+    def fn(variables, x):
+        logits = route(variables, x)
+        chosen = jnp.argmax(logits, axis=-1, keepdims=True)
+        gates = jnp.take_along_axis(nn.softmax(logits), chosen, axis=-1)
+        rows = jnp.arange(x.shape[0])[:, None]
+        gates = jnp.zeros_like(logits).at[rows, chosen].set(gates)
+        hidden = nn.relu(jnp.einsum("tc,ech->teh", x, variables["up"]))
+        hidden = hidden + variables["bias"][None]
+        made = jnp.einsum("teh,ehc,te->tc", hidden, variables["down"], gates)
+        return made + nn.relu(x @ variables["shared"]) @ variables["shared_out"]
+
+    variables = experts(shared=(6, 8), shared_out=(8, 5))
+    return fn, variables, (numbers(5, 6),)
+
+
+def experts_with_capacity():
+    """Experts take a few tokens each, in their order, and should be used evenly."""
+
+    def fn(variables, x, capacity=3):
+        logits = route(variables, x)
+        values, chosen = lax.top_k(logits, 2)
+        size = logits.shape[-1]
+        is_chosen = jax.nn.one_hot(chosen, size, dtype=jnp.int32)
+        place = jnp.cumsum(is_chosen.reshape(-1, size), axis=0).reshape(-1, 2, size)
+        fits = (place <= capacity) & (is_chosen > 0)
+        slots = jax.nn.one_hot(place - 1, capacity) * fits[..., None]
+        sent = jnp.einsum("tkes,tc->esc", slots, x)
+        hidden = nn.relu(jnp.einsum("esc,ech->esh", sent, variables["up"]))
+        hidden = hidden + variables["bias"][:, None]
+        gates = jnp.einsum("tkes,tk->tes", slots, nn.softmax(values))
+        made = jnp.einsum("tes,esh,ehc->tc", gates, hidden, variables["down"])
+        shares = is_chosen.sum(1).astype(x.dtype).mean(0)
+        return made, size * jnp.sum(shares * nn.softmax(logits).mean(0))
+
+    return fn, experts(), (numbers(5, 6),)
+
+
 def two_towers():
     def fn(variables, image, text):
         left = nn.relu(conv(image, variables["conv"])).mean((1, 2))
@@ -1218,6 +1320,11 @@ ZOO = {
     # mixtures, towers, graphs
     "dense_mixture": dense_mixture,
     "top_k_mixture": top_k_mixture,
+    "sorted_experts": sorted_experts,
+    "stacked_experts": stacked_experts,
+    "picked_experts": picked_experts,
+    "best_expert": best_expert,
+    "experts_with_capacity": experts_with_capacity,
     "two_towers": two_towers,
     "graph_network": graph_network,
     "ensemble": ensemble,

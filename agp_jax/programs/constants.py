@@ -54,8 +54,7 @@ def known_picks(flow: Flow, equation: Equation) -> np.ndarray | None:
 
 def known_value(flow: Flow, variable: Variable) -> np.ndarray | None:
     """The value of an integer variable that depends on constants alone, else None."""
-    while variable in flow.outside:
-        variable = flow.outside[variable]
+    variable = flow.origin(variable)
     if variable.constant is not None:
         return np.broadcast_to(variable.constant, variable.shape)
     maker = flow.makers.get(variable)

@@ -1,19 +1,26 @@
 """Primitives that work element by element: what they tie, and where zeros stay zeros.
 
 Masked weights are zero, so it matters what a zero becomes. Where it stays zero all the
-way to a sum, removing it changes nothing.
+way to a sum, or becomes minus infinity on the way to a maximum, removing it changes
+nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from agp_jax.programs.jaxprs import Equation, Variable
 from agp_jax.programs.labels import (
     Axis,
     Flow,
+    Held,
     Value,
     all_proofs,
     any_proof,
+    any_zeros,
     continued,
+    same_held,
 )
 
 # A zero in gives a zero out.
@@ -37,6 +44,42 @@ _OTHER = set(
 _SINGULAR = set(
     "acosh atan2 cbrt digamma div lgamma log log2 pow rem rsqrt sqrt".split()
 )
+# What known numbers become. Of these, what is the same in any precision is followed.
+_FOLDS: Mapping[str, Callable[..., Any]] = {
+    **dict.fromkeys(
+        ("convert_element_type", "copy", "pvary", "reduce_precision", "reshard")
+        + ("sharding_constraint", "stop_gradient"),
+        lambda x: x,
+    ),
+    "abs": np.abs,
+    "add": np.add,
+    "and": np.logical_and,
+    "div": np.divide,
+    "eq": np.equal,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "is_finite": np.isfinite,
+    "le": np.less_equal,
+    "log": np.log,
+    "log1p": np.log1p,
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "or": np.logical_or,
+    "sign": np.sign,
+    "sqrt": np.sqrt,
+    "sub": np.subtract,
+    "tanh": np.tanh,
+}
+_BITWISE = {"and", "or"}  # unless their operands are true or false
+_SAME_IN_ANY_PRECISION = (0.0, 1.0, -1.0, np.inf, -np.inf)
 
 ELEMENTWISE = _KEEP_ZERO | _ANY_ZERO | _ALL_ZERO | _OTHER
 
@@ -57,8 +100,14 @@ def elementwise(
         singular = set(singular_operands(equation)) & set(present)
         if any(ins[k].axes[i].zeros is not None for k in singular):
             flow.changes(axes[0])
-        zeros = _zeros(equation, ins, i, size)
-        result.append(Axis(axes[0].atoms, continued(axes), zeros))
+        zeros, other = _zeros(flow, equation, ins, i, size), None
+        if zeros is None:
+            other = _held(flow, equation, ins, i, size)
+        if other is None:
+            other = _compared(flow, equation, ins, i)
+        if other is not None and other.number == 0:
+            zeros, other = other.leaves, None
+        result.append(Axis(axes[0].atoms, continued(axes), zeros, other))
     return [result]
 
 
@@ -70,7 +119,7 @@ def _note_roles(flow: Flow, ins: Sequence[Value], i: int) -> None:
 
 
 def _zeros(
-    equation: Equation, ins: Sequence[Value], i: int, size: int
+    flow: Flow, equation: Equation, ins: Sequence[Value], i: int, size: int
 ) -> frozenset[int] | None:
     """The leaves whose zeros make the result zero where axis `i` is removed."""
     present = [value.axes and value.axes[i].size == size for value in ins]
@@ -78,11 +127,17 @@ def _zeros(
         v.axes[i].zeros if is_in else None
         for v, is_in in zip(ins, present, strict=True)
     ]
-    return zeros_of(equation, proofs)
+    if equation.name in _ANY_ZERO:
+        return any_zeros(
+            [v.axes[i] for v, is_in in zip(ins, present, strict=True) if is_in]
+        )
+    return zeros_of(equation, proofs, [flow.origin(v) for v in equation.inputs])
 
 
 def zeros_of(
-    equation: Equation, proofs: Sequence[frozenset[int] | None]
+    equation: Equation,
+    proofs: Sequence[frozenset[int] | None],
+    operands: Sequence[Variable],
 ) -> frozenset[int] | None:
     """The leaves whose zeros make the result zero, where they make operands zero.
 
@@ -90,6 +145,7 @@ def zeros_of(
       equation: of a primitive that works element by element.
       proofs: for each operand the leaves whose zeros make it zero; None if it need not
         be zero.
+      operands: what is known of which may settle it, as of a constant.
     """
     name = equation.name
     if name in _ANY_ZERO:
@@ -100,7 +156,7 @@ def zeros_of(
             [
                 proof
                 for k, (variable, proof) in enumerate(
-                    zip(equation.inputs, proofs, strict=True)
+                    zip(operands, proofs, strict=True)
                 )
                 if k >= first and not _keeps_zero(name, k, variable)
             ]
@@ -109,6 +165,62 @@ def zeros_of(
     if keeps or (name == "integer_pow" and equation.params["y"] > 0):
         return proofs[0]
     return None
+
+
+def _held(
+    flow: Flow, equation: Equation, ins: Sequence[Value], i: int, size: int
+) -> Held | None:
+    """The number that the result holds where axis `i` is removed, if that is known."""
+    name = equation.name
+    operands = [
+        _operand(flow.origin(variable), value, i, size)
+        for variable, value in zip(equation.inputs, ins, strict=True)
+    ]
+    if name == "select_n":
+        which, *cases = operands
+        if which is None:
+            return same_held(cases)
+        case = cases[int(which.number)]
+        return case and Held(case.number, case.leaves | which.leaves)
+    known = [held for held in operands if held is not None]
+    leaves = frozenset().union(*(held.leaves for held in known))
+    if name in ("add", "add_any", "sub") and len(known) == 1:
+        # Infinity stays infinity, whatever finite number is added.
+        (number,) = (held.number for held in known)
+        sign = -1 if name == "sub" and operands[0] is None else 1
+        return None if np.isfinite(number) else Held(sign * number, leaves)
+    is_bool = equation.outputs[0].aval.dtype == bool
+    if name not in _FOLDS or None in operands or (name in _BITWISE and not is_bool):
+        return None
+    with np.errstate(all="ignore"):
+        number = float(_FOLDS[name](*(held.number for held in known)))
+    return Held(number, leaves) if number in _SAME_IN_ANY_PRECISION else None
+
+
+def _compared(
+    flow: Flow, equation: Equation, ins: Sequence[Value], i: int
+) -> Held | None:
+    """Numbers of an axis differ from a ramp along it wherever that is removed."""
+    if equation.name not in ("eq", "ne"):
+        return None
+    for one, other in (ins, ins[::-1]):
+        chosen, ramp = one.numbers, other.numbers
+        if chosen is None or ramp is None or not chosen.chosen or ramp.chosen:
+            continue
+        axis = other.axes[i]
+        if axis.atoms is ramp.atoms and axis.size == len(chosen.atoms):
+            flow.unify(axis, Axis(chosen.atoms))
+            if chosen.never is not None:
+                return Held(float(equation.name == "ne"), chosen.never)
+    return None
+
+
+def _operand(variable: Variable, value: Value, i: int, size: int) -> Held | None:
+    """What an operand holds where axis `i` is removed."""
+    if variable.is_uniform:
+        return Held(float(variable.constant), frozenset())
+    has_axis = value.axes and value.axes[i].size == size
+    return value.axes[i].held if has_axis else None
 
 
 def _keeps_zero(name: str, place: int, variable: Variable) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from agp_jax.couplings import Couplings, Group, Member
 from agp_jax.programs.analyses import Analysis, analyse, even_parts, stacked_atoms
+from agp_jax.programs.atoms import FROZEN
 from agp_jax.programs.branching import find_branches
 from agp_jax.programs.labels import Axis
 from agp_jax.trees import PyTree, Shape, abstract_array, expect_function
@@ -40,6 +41,7 @@ def find_couplings(
     expect_function(fn, "a function first, as in find_couplings(predict, variables, x)")
     analysis = analyse(fn, variables, *inputs, freeze_outputs=True)
     _freeze_unread(analysis)
+    _freeze_mixed_choices(analysis)
     slices = leaf_slices(analysis)
     stacks, num_layers = stacked_atoms(analysis)
     stacks, parts = even_parts(analysis, stacks)
@@ -68,6 +70,18 @@ def _freeze_unread(analysis: Analysis) -> None:
         for axis in (axis for axes in analysis.leaves for axis in axes):
             factors = flow.atoms.factors(axis.atoms)
             flow.freeze(Axis(factors[~is_read[factors]]))
+
+
+def _freeze_mixed_choices(analysis: Analysis) -> None:
+    """Keeps axes of two kinds of units from which indices are chosen.
+
+    As many units of each do not settle how many indices there are to choose from.
+    """
+    flow = analysis.flow
+    for atoms, _, reason in flow.choices:
+        factors = flow.atoms.factors(atoms)
+        if factors.shape[1] > 1:
+            flow.atoms.freeze(factors, reason)
 
 
 class Slices(NamedTuple):
@@ -152,6 +166,7 @@ def _make_groups(
         group_of[slices.atom[places[:, 0]]] = number
     inexact = _reasons_of_groups(analysis, group_of, len(clusters))
     needed = _needed_leaves(analysis, group_of, len(clusters))
+    chosen = _numbers_chosen(analysis, group_of, [len(places) for places in clusters])
     groups = []
     names: set[str] = set()
     for number, places in enumerate(clusters):
@@ -164,6 +179,7 @@ def _make_groups(
                 members=members,
                 inexact=inexact[number],
                 num_layers=int(num_layers[stack]) or None,
+                num_chosen=chosen[number],
             )
         )
         names.add(groups[-1].name)
@@ -207,6 +223,21 @@ def _reasons_of_groups(
             if group >= 0 and reasons[group] is None:
                 reasons[group] = flow.reason(reason)
     return reasons
+
+
+def _numbers_chosen(
+    analysis: Analysis, group_of: np.ndarray, sizes: list[int]
+) -> list[int]:
+    """How many units of each group must stay to be chosen from; 0 if none is."""
+    atoms, chosen = analysis.flow.atoms, [0] * len(sizes)
+    for axis, count, _ in analysis.flow.choices:
+        present = np.unique(atoms.find(axis))
+        of_groups = group_of[present[present != FROZEN]]
+        for group in np.unique(of_groups[of_groups >= 0]).tolist():
+            elsewhere = sizes[group] - int((of_groups == group).sum())
+            most = min(elsewhere + count, sizes[group])
+            chosen[group] = max(chosen[group], most)
+    return chosen
 
 
 def _needed_leaves(

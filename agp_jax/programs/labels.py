@@ -18,6 +18,18 @@ from agp_jax.programs.jaxprs import Equation, Program, Variable, source_line
 from agp_jax.trees import Shape
 
 
+class Held(NamedTuple):
+    """A number that a value holds at every removed index of an axis.
+
+    Attributes:
+      number: the same in any precision; 1 and 0 for true and false.
+      leaves: those by whose zeros the value holds it.
+    """
+
+    number: float
+    leaves: frozenset[int]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Axis:
     """One axis of a value.
@@ -28,15 +40,44 @@ class Axis:
         depends on the variables alone.
       zeros: the leaves whose zeros make the value zero at every removed index; None if
         the value need not be zero there.
+      other: what else the value holds at every removed index, if that is known; such
+        as minus infinity, of which a maximum takes no notice.
     """
 
     atoms: np.ndarray
     leaves: frozenset[tuple[int, int]] = frozenset()
     zeros: frozenset[int] | None = None
+    other: Held | None = None
 
     @property
     def size(self) -> int:
         return len(self.atoms)
+
+    @property
+    def held(self) -> Held | None:
+        """The number at every removed index, zero or other."""
+        return self.other if self.zeros is None else Held(0.0, self.zeros)
+
+    def holding(self, number: float) -> frozenset[int] | None:
+        """The leaves by whose zeros that number is `number`; None if it need not be."""
+        held = self.held
+        return held.leaves if held is not None and held.number == number else None
+
+
+class Numbers(NamedTuple):
+    """What the entries of an integer value count: indices of an axis, all inside it.
+
+    Attributes:
+      atoms: of that axis.
+      chosen: whether they are picked out of it, as `top_k` does. Else they are of a
+        ramp: where a value still has an axis of these very atoms, it counts that one.
+      never: the leaves by whose zeros no removed index is among those chosen; None if
+        one may be.
+    """
+
+    atoms: np.ndarray
+    chosen: bool = False
+    never: frozenset[int] | None = None
 
 
 class Value(NamedTuple):
@@ -47,11 +88,13 @@ class Value(NamedTuple):
       is_weight: whether it depends on nothing but the variables and constants.
       leaf: the leaf whose axes these are, one for one, if the value is that leaf or
         made of it element by element.
+      numbers: what its entries count, if it is known that they count something.
     """
 
     axes: tuple[Axis, ...]
     is_weight: bool = False
     leaf: int | None = None
+    numbers: Numbers | None = None
 
 
 class Flow:
@@ -67,6 +110,8 @@ class Flow:
       roles: what the program does with each leaf's axis: "out", "in" or "each".
       inexact: axes whose removal changes results, and the number of the reason.
       relied: axes whose removal changes nothing because certain leaves are zero there.
+      choices: axes from which so many indices are picked at a time, and the number of
+        the equation.
 
     What freezes an axis or makes it inexact is remembered: the equation, or a reason in
     words, that the flow is `at`.
@@ -81,6 +126,7 @@ class Flow:
         self.roles: dict[tuple[int, int], set[str]] = {}
         self.inexact: list[tuple[np.ndarray, int]] = []
         self.relied: list[tuple[np.ndarray, frozenset[int]]] = []
+        self.choices: list[tuple[np.ndarray, int, int]] = []
         self._reasons: list[Equation | str] = ["a size of 1"]
         self._now = 0
         self._fixed: dict[int, Axis] = {}
@@ -99,6 +145,12 @@ class Flow:
         if isinstance(reason, Equation):
             return f"{reason.name} at {source_line(reason)}"
         return reason
+
+    def origin(self, variable: Variable) -> Variable:
+        """The variable itself or, of an input of a body, that outside of all bodies."""
+        while variable in self.outside:
+            variable = self.outside[variable]
+        return variable
 
     def _number(self, reason: Equation | str) -> int:
         self._reasons.append(reason)
@@ -140,16 +192,24 @@ class Flow:
         for leaf in axis.leaves:
             self.roles.setdefault(leaf, set()).add(role)
 
-    def sums_over(self, axis: Axis, *zeros: frozenset[int] | None) -> None:
-        """Notes that `axis` is summed over, of products whose factors have `zeros`.
+    def sums_over(self, axis: Axis, leaves: frozenset[int] | None) -> None:
+        """Notes that `axis` is reduced, as by a sum or a maximum.
 
-        Removed indices add nothing if one factor is zero there; else the sum changes.
+        Removed indices add nothing by the zeros of `leaves`; if None, the result
+        changes.
         """
-        proofs = [proof for proof in zeros if proof is not None]
-        if proofs:
-            self.relied.append((axis.atoms, min(proofs, key=len)))
-        else:
+        if leaves is None:
             self.changes(axis)
+        else:
+            self.relied.append((axis.atoms, leaves))
+
+    def chooses(self, axis: Axis, count: int) -> None:
+        """Notes that `count` indices of `axis` are picked, which must therefore stay.
+
+        Removed indices are never among them where they hold minus infinity.
+        """
+        self.sums_over(axis, axis.holding(-np.inf))
+        self.choices.append((axis.atoms, count, self._now))
 
     def changes(self, axis: Axis) -> None:
         """Notes that removing indices of `axis` changes the result."""
@@ -167,8 +227,9 @@ def all_zeros(axes: Sequence[Axis]) -> frozenset[int] | None:
 
 
 def any_zeros(axes: Sequence[Axis]) -> frozenset[int] | None:
-    """The fewest leaves that make at least one of `axes` zero where removed."""
-    return any_proof([axis.zeros for axis in axes])
+    """The fewest leaves that make a product of `axes` zero where removed."""
+    finite = all(axis.other is None or np.isfinite(axis.other.number) for axis in axes)
+    return any_proof([axis.zeros for axis in axes]) if finite else None
 
 
 def all_proofs(proofs: Sequence[frozenset[int] | None]) -> frozenset[int] | None:
@@ -180,6 +241,15 @@ def any_proof(proofs: Sequence[frozenset[int] | None]) -> frozenset[int] | None:
     """The proof of the fewest leaves; None if all are None."""
     known = [proof for proof in proofs if proof is not None]
     return min(known, key=len) if known else None
+
+
+def same_held(several: Sequence[Held | None]) -> Held | None:
+    """The number that all of several values hold, if it is one."""
+    known = [held for held in several if held is not None]
+    if len(known) < len(several) or len({held.number for held in known}) != 1:
+        return None
+    leaves = frozenset().union(*(held.leaves for held in known))
+    return Held(known[0].number, leaves)
 
 
 def continued(axes: Sequence[Axis]) -> frozenset[tuple[int, int]]:
@@ -224,7 +294,8 @@ def merge(flow: Flow, axes: Sequence[Axis]) -> Axis:
     # A product goes if any of its factors does, so each of these must prove its zeros.
     shrinking = [axis for axis in axes if flow.atoms.find(axis.atoms).any()]
     atoms = flow.atoms.product(columns)
-    return Axis(atoms, continued(axes), all_zeros(shrinking))
+    other = same_held([axis.other for axis in shrinking])
+    return Axis(atoms, continued(axes), all_zeros(shrinking), other)
 
 
 def split(flow: Flow, axis: Axis, sizes: Shape) -> list[Axis]:

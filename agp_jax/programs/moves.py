@@ -4,11 +4,13 @@ One small function per primitive, in a table. It gets the labels so far, the equ
 and the values that it reads, and gives the axes of each output.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from agp_jax.programs.constants import known_picks
+from agp_jax.programs.jaxprs import Equation
 from agp_jax.programs.labels import (
     Axis,
     Flow,
@@ -17,8 +19,10 @@ from agp_jax.programs.labels import (
     continued,
     merge,
     reshape,
+    same_held,
     split,
 )
+from agp_jax.programs.numbers import picks, picks_of
 
 
 def _broadcast_in_dim(flow, equation, ins):
@@ -48,7 +52,7 @@ def _tile(flow, equation, ins):
             return axis
         if axis.size == 1:
             return flow.fresh(times)
-        return Axis(np.tile(axis.atoms, times), axis.leaves, axis.zeros)
+        return dataclasses.replace(axis, atoms=np.tile(axis.atoms, times))
 
     return [[repeated(axis, times) for axis, times in zip(axes, reps, strict=True)]]
 
@@ -64,7 +68,7 @@ def _transpose(flow, equation, ins):
 def _rev(flow, equation, ins):
     return [
         [
-            Axis(axis.atoms[::-1], axis.leaves, axis.zeros)
+            dataclasses.replace(axis, atoms=axis.atoms[::-1])
             if i in equation.params["dimensions"]
             else axis
             for i, axis in enumerate(ins[0].axes)
@@ -86,12 +90,14 @@ def _concatenate(flow, equation, ins):
 def _joined(flow: Flow, axes: Sequence[Axis]) -> Axis:
     shrinking = [axis for axis in axes if flow.atoms.find(axis.atoms).any()]
     atoms = np.concatenate([axis.atoms for axis in axes])
-    return Axis(atoms, continued(axes), all_zeros(shrinking))
+    other = same_held([axis.other for axis in shrinking])
+    return Axis(atoms, continued(axes), all_zeros(shrinking), other)
 
 
 def unified(flow: Flow, axes: Sequence[Axis]) -> Axis:
     flow.unify(*axes)
-    return Axis(axes[0].atoms, continued(axes), all_zeros(axes))
+    other = same_held([axis.other for axis in axes])
+    return Axis(axes[0].atoms, continued(axes), all_zeros(axes), other)
 
 
 def _stack(flow, equation, ins):
@@ -136,7 +142,7 @@ def _part(axis: Axis, indices: slice | np.ndarray) -> Axis:
     atoms = axis.atoms[indices]
     if len(atoms) == axis.size and isinstance(indices, slice):
         return axis
-    return Axis(atoms, axis.leaves, axis.zeros)
+    return dataclasses.replace(axis, atoms=atoms)
 
 
 def _pad(flow, equation, ins):
@@ -163,7 +169,7 @@ def _padded_size(size: int, low: int, high: int, inner: int) -> int:
 
 
 def _gather(flow, equation, ins):
-    """Axes taken whole pass; axes picked from are frozen, unless by known indices."""
+    """Axes taken whole pass; axes picked from by what is not known are frozen."""
     numbers, sizes = (
         equation.params["dimension_numbers"],
         equation.params["slice_sizes"],
@@ -192,7 +198,9 @@ def _gather(flow, equation, ins):
         for place, part in zip(outer, parts, strict=True):
             result[place] = part
         return [result]
-    flow.freeze(*(operand[i] for i in numbers.collapsed_slice_dims), indices[-1])
+    chosen = _pick(flow, equation, operand, numbers.start_index_map)
+    rest = [i for i in numbers.collapsed_slice_dims if i not in chosen]
+    flow.freeze(*(operand[i] for i in rest), indices[-1])
     for i, j in zip(
         numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
     ):
@@ -202,8 +210,32 @@ def _gather(flow, equation, ins):
     return [result]
 
 
+def _pick(
+    flow: Flow, equation: Equation, operand: Sequence[Axis], indexed: Sequence[int]
+) -> dict[int, frozenset[int] | None]:
+    """Ties the axes that are indexed by numbers chosen of an axis to that one.
+
+    Args:
+      flow: the labels so far.
+      equation: a gather or scatter.
+      operand: the axes of its operand.
+      indexed: which of these its columns of indices are for.
+
+    Returns:
+      For each such axis the leaves by whose zeros no removed index is picked.
+    """
+    found = picks_of(flow, equation.inputs[1], [operand[i] for i in indexed])
+    chosen = {}
+    for i, numbers in zip(indexed, found, strict=True):
+        if numbers is not None:
+            flow.unify(operand[i], Axis(numbers.atoms))
+            flow.sums_over(operand[i], numbers.never)
+            chosen[i] = numbers.never
+    return chosen
+
+
 def _scatter(flow, equation, ins):
-    """Axes written whole are tied to the updates'; the others are frozen."""
+    """Axes written whole are tied to the updates'; others are frozen, or picked."""
     numbers = equation.params["dimension_numbers"]
     operand, indices, updates = (value.axes for value in ins)
     inner = [
@@ -219,7 +251,9 @@ def _scatter(flow, equation, ins):
             whole[i] = updates[place]
         else:
             flow.freeze(operand[i], updates[place])
-    flow.freeze(*(operand[i] for i in numbers.inserted_window_dims), indices[-1])
+    chosen = _pick(flow, equation, operand, numbers.scatter_dims_to_operand_dims)
+    rest = [i for i in numbers.inserted_window_dims if i not in chosen]
+    flow.freeze(*(operand[i] for i in rest), indices[-1])
     outer = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
     for k, (place, axis) in enumerate(zip(outer, indices, strict=False)):
         flow.unify(updates[place], axis)
@@ -235,6 +269,8 @@ def _scatter(flow, equation, ins):
         strict=True,
     ):
         flow.unify(operand[i], indices[j])
+    # Where no removed index is written the operand is as it was.
+    whole |= {i: Axis(operand[i].atoms, zeros=never) for i, never in chosen.items()}
     return [
         [
             Axis(axis.atoms, zeros=all_zeros((axis, whole[i])) if i in whole else None)
@@ -253,8 +289,13 @@ def _bitcast(flow, equation, ins):
 
 
 def _dynamic_slice(flow, equation, ins):
-    sizes = equation.params["slice_sizes"]
-    flow.freeze(*(a for a, n in zip(ins[0].axes, sizes, strict=True) if a.size != n))
+    sizes, operand = equation.params["slice_sizes"], ins[0].axes
+    for axis, size, start in zip(operand, sizes, ins[1:], strict=True):
+        if size == 1 and start.numbers is not None and picks(start.numbers, axis):
+            flow.unify(axis, Axis(start.numbers.atoms))
+            flow.sums_over(axis, start.numbers.never)
+        elif axis.size != size:
+            flow.freeze(axis)
     return [
         [
             axis if axis.size == size else flow.fixed(size)
@@ -275,6 +316,15 @@ def _dynamic_update_slice(flow, equation, ins):
     return [result]
 
 
+SCATTERS = (
+    "scatter",
+    "scatter-add",
+    "scatter-sub",
+    "scatter-mul",
+    "scatter-min",
+    "scatter-max",
+)
+
 MOVES: dict[str, LabelRule] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "tile": _tile,
@@ -289,12 +339,7 @@ MOVES: dict[str, LabelRule] = {
     "unstack": _unstack,
     "pad": _pad,
     "gather": _gather,
-    "scatter": _scatter,
-    "scatter-add": _scatter,
-    "scatter-sub": _scatter,
-    "scatter-mul": _scatter,
-    "scatter-min": _scatter,
-    "scatter-max": _scatter,
+    **dict.fromkeys(SCATTERS, _scatter),
     "bitcast_convert_type": _bitcast,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,

@@ -4,6 +4,7 @@ A label rule may tie axes together, hand them on, or freeze them. A primitive wi
 one freezes everything it touches, so not knowing it can only lose an opportunity.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,11 +21,13 @@ from agp_jax.programs.labels import (
     Axis,
     Flow,
     LabelRule,
+    Numbers,
     Value,
     all_proofs,
     all_zeros,
 )
 from agp_jax.programs.moves import MOVES, unified
+from agp_jax.programs.numbers import numbers_of
 from agp_jax.programs.reductions import REDUCTIONS
 from agp_jax.programs.vanishing import Zeros, handed_on
 
@@ -50,8 +53,15 @@ def value_of(flow: Flow, variable: Variable) -> Value:
         assert variable.constant is not None, variable
         zeros = frozenset() if variable.is_zero else None
         axes = tuple(flow.fresh(size, zeros) for size in variable.shape)
-        flow.values[variable] = Value(axes, is_weight=True)
+        numbers = Numbers(axes[0].atoms) if _is_ramp(variable) else None
+        flow.values[variable] = Value(axes, is_weight=True, numbers=numbers)
     return flow.values[variable]
+
+
+def _is_ramp(constant: Variable) -> bool:
+    is_vector = len(constant.shape) == 1 and constant.shape[0] > 1
+    is_count = np.dtype(constant.aval.dtype).kind in "iu" if is_vector else False
+    return is_count and np.array_equal(constant.constant, range(constant.shape[0]))
 
 
 def _apply(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
@@ -63,14 +73,22 @@ def _apply(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
     if equation.name in ELEMENTWISE:
         same = [v for v in ins if v.axes]
         leaf = same[0].leaf if len(same) == 1 else None
+    made = label(flow, equation, ins)
     return [
-        Value(tuple(axes if is_weight else map(_of_activation, axes)), is_weight, leaf)
-        for axes in label(flow, equation, ins)
+        Value(
+            tuple(axes if is_weight else map(_of_activation, axes)),
+            is_weight,
+            leaf,
+            numbers,
+        )
+        for axes, numbers in zip(
+            made, numbers_of(flow, equation, ins, made), strict=True
+        )
     ]
 
 
 def _of_activation(axis: Axis) -> Axis:
-    return Axis(axis.atoms, zeros=axis.zeros) if axis.leaves else axis
+    return dataclasses.replace(axis, leaves=frozenset()) if axis.leaves else axis
 
 
 def _made_of_keys(flow, equation, ins):

@@ -3,7 +3,10 @@
 One small function per primitive, in a table, as in `moves`.
 """
 
+import dataclasses
 from collections.abc import Sequence
+
+import numpy as np
 
 from agp_jax.programs.jaxprs import Equation
 from agp_jax.programs.labels import (
@@ -17,33 +20,38 @@ from agp_jax.programs.labels import (
     merge,
     split,
 )
+from agp_jax.programs.numbers import along_of
+
+# The number of which any amount makes no difference to a reduction.
+_NEUTRAL = {
+    "reduce_sum": 0,
+    "reduce_prod": 1,
+    "reduce_max": -np.inf,
+    "reduce_min": np.inf,
+    "reduce_and": True,
+    "reduce_or": False,
+    "reduce_xor": False,
+}
 
 
-def _reduce(keeps_zero: bool) -> LabelRule:
-    """Reduced axes change the result as they shrink: masked zeros count, too."""
-
-    def label(flow, equation, ins):
-        for i in equation.params["axes"]:
-            flow.changes(ins[0].axes[i])
-        return [_not_reduced(equation, ins[0].axes, keeps_zero)]
-
-    return label
-
-
-def _reduce_sum(flow, equation, ins):
-    """Of zeros, however many, the sum is the same; what is not known to be one adds."""
-    for i in equation.params["axes"]:
-        axis = ins[0].axes[i]
-        flow.sums_over(axis, axis.zeros)
-    return [_not_reduced(equation, ins[0].axes, keeps_zero=True)]
+def _reduce(flow, equation, ins):
+    """What is not known to be neutral counts, masked zeros in a maximum too."""
+    name, reduced = equation.name, equation.params["axes"]
+    for i in reduced:
+        flow.sums_over(ins[0].axes[i], ins[0].axes[i].holding(_NEUTRAL[name]))
+    rest = [axis for i, axis in enumerate(ins[0].axes) if i not in reduced]
+    if 0 in (ins[0].axes[i].size for i in reduced):
+        return [[Axis(axis.atoms, axis.leaves) for axis in rest]]
+    if name in ("reduce_sum", "reduce_prod", "reduce_xor"):  # ones do not stay ones
+        rest = [dataclasses.replace(axis, other=None) for axis in rest]
+    return [rest]
 
 
-def _not_reduced(
-    equation: Equation, axes: Sequence[Axis], keeps_zero: bool
-) -> list[Axis]:
-    reduced = equation.params["axes"]
-    rest = [axis for i, axis in enumerate(axes) if i not in reduced]
-    return rest if keeps_zero else [Axis(axis.atoms, axis.leaves) for axis in rest]
+def _argmax(flow, equation, ins):
+    """The place of the largest, of which nothing less than all others takes notice."""
+    along = along_of(equation)
+    flow.chooses(ins[0].axes[along], 1)
+    return [[Axis(a.atoms) for i, a in enumerate(ins[0].axes) if i != along]]
 
 
 def _arg_reduce(flow, equation, ins):
@@ -55,9 +63,15 @@ def _arg_reduce(flow, equation, ins):
 
 def _cumulative(flow, equation, ins):
     along = equation.params["axis"]
-    flow.freeze(ins[0].axes[along])
+    zeros = ins[0].axes[along].zeros
+    if equation.name == "cumsum" and zeros is not None:
+        flow.sums_over(ins[0].axes[along], zeros)
+    else:
+        flow.freeze(ins[0].axes[along])
     keeps_zero = equation.name in ("cumsum", "cumprod", "cummax", "cummin")
-    return [[a if keeps_zero else Axis(a.atoms, a.leaves) for a in ins[0].axes]]
+    return [
+        [Axis(a.atoms, a.leaves, a.zeros if keeps_zero else None) for a in ins[0].axes]
+    ]
 
 
 def _fft(flow, equation, ins):
@@ -66,6 +80,17 @@ def _fft(flow, equation, ins):
     rest = ins[0].axes[: len(ins[0].axes) - num_fixed]
     flow.freeze(*ins[0].axes[len(rest) :])
     return [[*rest, *map(flow.fixed, equation.outputs[0].shape[len(rest) :])]]
+
+
+def _top_k(flow, equation, ins):
+    """The largest, of which nothing less than all others takes notice."""
+    along, count = along_of(equation), equation.params["k"]
+    flow.chooses(ins[0].axes[along], count)
+    values = [
+        flow.fixed(count) if i == along else Axis(axis.atoms, zeros=axis.zeros)
+        for i, axis in enumerate(ins[0].axes)
+    ]
+    return [values, [Axis(axis.atoms) for axis in values]]
 
 
 def _sort(flow, equation, ins):
@@ -80,7 +105,7 @@ def _sort(flow, equation, ins):
             flow.unify(*column)
 
     def passed(place: int, column: Sequence[Axis]) -> Axis:
-        # The second output of top_k, the places that it found, is made of no input.
+        # The second output of approx_top_k, where these are, is made of no input.
         zeros = column[place].zeros if place < len(column) else None
         return Axis(column[0].atoms, zeros=zeros)
 
@@ -137,18 +162,32 @@ def _dot_general(flow, equation, ins):
 
 
 def _ragged_dot_general(flow, equation, ins):
-    """Each run of rows has a matrix of its own; which run a row is in is data."""
+    """Each run of rows has a matrix of its own; which run a row is in is data.
+
+    Where a run has no rows nothing is multiplied by its matrix.
+    """
     numbers = equation.params["ragged_dot_dimension_numbers"]
     summed, batch = numbers.dot_dimension_numbers
     left, right, *sizes = ins
     ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
-    flow.freeze(*(axis for value in sizes for axis in value.axes))
-    flow.freeze(*(left.axes[i] for i in ragged), *(right.axes[i] for i in groups))
+    has_groups = len(sizes) == 1 and (groups or set(ragged) & set(summed[0]))
+    lengths = sizes[0].axes[-1]
+    if has_groups:
+        for i in groups:
+            flow.unify(right.axes[i], lengths)
+        flow.sums_over(lengths, lengths.zeros)
+        flow.freeze(*sizes[0].axes[:-1])
+    else:
+        flow.freeze(*(axis for value in sizes for axis in value.axes))
+        flow.freeze(*(right.axes[i] for i in groups))
+    flow.freeze(*(left.axes[i] for i in ragged))
     if len(sizes[0].axes) > 1:  # of each index of some axes before the ragged one
         flow.freeze(*(a for i, a in enumerate(left.axes) if i not in summed[0]))
     result = _product(flow, (left, right), summed, batch, groups)
     if set(ragged) & set(summed[0]):
-        result = [flow.fixed(equation.outputs[0].shape[0]), *result]
+        runs = Axis(lengths.atoms, zeros=lengths.zeros)
+        made = equation.outputs[0].shape[0]
+        result = [runs if has_groups else flow.fixed(made), *result]
     return [result]
 
 
@@ -173,7 +212,7 @@ def _product(
     for one, other in pairs_in + pairs:
         flow.unify(one, other)
     for one, other in pairs_in:
-        flow.sums_over(one, one.zeros, other.zeros)
+        flow.sums_over(one, any_zeros((one, other)))
         # Of two weights, as in low-rank updates, the first makes what the second reads.
         flow.give_role(one, "out" if ins[0].is_weight and ins[1].is_weight else "in")
         flow.give_role(other, "in")
@@ -210,7 +249,7 @@ def _conv(flow, equation, ins):
         made_zeros = any_zeros((made, group)) if filters.size == 1 else made.zeros
     flow.unify(member, read)
     if member.size > 1:
-        flow.sums_over(member, member.zeros, read.zeros)
+        flow.sums_over(member, any_zeros((member, read)))
     flow.give_role(read, "in")
     flow.give_role(made, "out")
     shape = equation.outputs[0].shape
@@ -242,14 +281,8 @@ def _merge_pair(flow: Flow, first: Axis, second: Axis) -> Axis:
 
 
 REDUCTIONS: dict[str, LabelRule] = {
-    "reduce_sum": _reduce_sum,
-    "reduce_max": _reduce(keeps_zero=True),
-    "reduce_min": _reduce(keeps_zero=True),
-    "reduce_prod": _reduce(keeps_zero=True),
-    "reduce_and": _reduce(keeps_zero=False),
-    "reduce_or": _reduce_sum,
-    "reduce_xor": _reduce_sum,
-    "argmax": _arg_reduce,
+    **dict.fromkeys(_NEUTRAL, _reduce),
+    "argmax": _argmax,
     "argmin": _arg_reduce,
     "cumsum": _cumulative,
     "cumprod": _cumulative,
@@ -258,7 +291,7 @@ REDUCTIONS: dict[str, LabelRule] = {
     "cumlogsumexp": _cumulative,
     "fft": _fft,
     "sort": _sort,
-    "top_k": _sort,
+    "top_k": _top_k,
     "approx_top_k": _sort,
     "reduce_window": _reduce_window,
     "reduce_window_sum": _reduce_window,

@@ -81,7 +81,7 @@ class Zeros:
             if any(ins[k] is not None for k in singular_operands(equation)):
                 self.singular.append(equation)
                 return [None]
-            return [zeros_of(equation, ins)]
+            return [zeros_of(equation, ins, equation.inputs)]
         if name in _OF_FIRST:
             return ins[:1] * count
         if name in _PRODUCTS:

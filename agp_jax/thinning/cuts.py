@@ -179,10 +179,11 @@ def plan_cut(
 
     A unit is dead if every slice of it that has a mask is masked, and every leaf whose
     zeros make its removal exact has one. Leaves without masks, such as batch
-    statistics, follow. At least one unit of a group stays, and no axis of a value
-    inside the function becomes empty. A layer of a stack goes if all of it is masked,
-    and one stays; each that stays loses as many units as the one that loses least. A
-    residual branch goes if all of it is masked, and takes its leaves along.
+    statistics, follow. At least one unit of a group stays, and as many as the function
+    chooses at a time; no axis of a value inside the function becomes empty. A layer of
+    a stack goes if all of it is masked, and one stays; each that stays loses as many
+    units as the one that loses least. A residual branch goes if all of it is masked,
+    and takes its leaves along.
 
     Args:
       masks: bool arrays with the paths of the couplings: `{"params": masks}` for the
@@ -227,7 +228,7 @@ def plan_cut(
     for group, flags in zip(couplings.groups, dead, strict=True):
         if not group.is_stack:
             here = stays.get(group.members[0].path) if group.num_layers else None
-            _keep_multiple(flags, round_to, here)
+            _keep_multiple(flags, round_to, here, max(group.num_chosen, 1))
     gone = {
         path: path in known
         for branch in couplings.branches
@@ -382,16 +383,16 @@ def _keep_one(axis: np.ndarray, dead: Sequence[np.ndarray]) -> None:
 
 
 def _keep_multiple(
-    dead: np.ndarray, multiple: int, layers: np.ndarray | None = None
+    dead: np.ndarray, multiple: int, layers: np.ndarray | None = None, least: int = 1
 ) -> None:
-    """Revives units, in place, until equally many stay in all layers, and some.
+    """Revives units, in place, until equally many stay in all layers, and `least`.
 
     Only `layers` count, if they are given: those that stay.
     """
     num_units = dead.shape[-1]
     rows = dead.reshape(-1, num_units)
     chosen = rows if layers is None else rows[layers]
-    most = max(1, int((~chosen).sum(axis=1).max()))
+    most = max(least, int((~chosen).sum(axis=1).max()))
     wanted = min(num_units, -(-most // multiple) * multiple)
     for row in rows:
         revived = np.flatnonzero(row)[: max(wanted - int((~row).sum()), 0)]

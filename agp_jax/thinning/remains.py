@@ -19,6 +19,7 @@ from agp_jax.programs.jaxprs import (
     vjp_programs,
 )
 from agp_jax.programs.labels import Axis, Flow, Value
+from agp_jax.programs.numbers import along_of
 from agp_jax.programs.propagation import propagate, value_of
 from agp_jax.thinning.cuts import Cut
 
@@ -157,6 +158,15 @@ def _explain_refusal(
 def _check_sizes(remains: Remains, program: Program) -> None:
     """Raises a ValueError if some value would be left without indices."""
     for equation in program.equations:
+        if equation.name == "top_k":
+            axis = value_of(remains.flow, equation.inputs[0]).axes[along_of(equation)]
+            kept, count = kept_along(remains, axis), equation.params["k"]
+            if kept is not None and len(kept) < count:
+                raise ValueError(
+                    f"the cut leaves {len(kept)} of what top_k at "
+                    f"{source_line(equation)} chooses {count} from; keep at least "
+                    f"{count}"
+                )
         for variable in equation.outputs:
             for axis in remains.flow.values[variable].axes:
                 kept = kept_along(remains, axis)
@@ -247,7 +257,8 @@ def _tie(flow: Flow, found: Sequence[Value], expected: Sequence[Value]) -> None:
 
 
 def _activation(value: Value) -> Value:
-    return Value(tuple(Axis(axis.atoms) for axis in value.axes))
+    axes = tuple(Axis(axis.atoms) for axis in value.axes)
+    return Value(axes, numbers=value.numbers)
 
 
 def is_inexact(x: Any) -> bool:

@@ -14,6 +14,8 @@ import numpy as np
 
 from agp_jax.programs.constants import known_picks
 from agp_jax.programs.jaxprs import Equation, bind
+from agp_jax.programs.moves import SCATTERS
+from agp_jax.programs.numbers import along_of
 from agp_jax.programs.reductions import group_axis
 from agp_jax.thinning.remains import Kept, PerLayer, kept_along, of_rows, rows_of
 
@@ -145,18 +147,86 @@ def _conv(remains, equation, arrays, ins, outs, layer):
     return bind(equation, arrays, feature_group_count=groups)
 
 
-def _gather(remains, equation, arrays, ins, outs, layer):
+def _top_k(remains, equation, arrays, ins, outs, layer):
+    """The places that are found are numbers of the whole axis, as in what is masked."""
+    made, kept = bind(equation, arrays), ins[0][along_of(equation)]
+    if kept is not None:
+        numbers = jnp.asarray(_row_of(kept, layer), made[-1].dtype)
+        made[-1] = numbers[made[-1]]
+    return made
+
+
+def _row_of(
+    indices: np.ndarray | PerLayer, layer: jax.Array | None
+) -> np.ndarray | jax.Array:
+    if not isinstance(indices, PerLayer):
+        return indices
+    assert layer is not None, "layers differ outside of their scan"
+    return jnp.asarray(indices.rows)[layer]
+
+
+def _places_of(
+    numbers: jax.Array, size: int, kept: Kept, layer: jax.Array | None
+) -> jax.Array:
+    """Where the indices of an axis of `size` now are, of which some are kept."""
+    if kept is None:
+        return numbers
+    now = jnp.arange(len(kept), dtype=numbers.dtype)
+    places = jnp.zeros(size, numbers.dtype).at[_row_of(kept, layer)].set(now)
+    return places[numbers]
+
+
+def _columns_of(
+    equation: Equation,
+    indices: jax.Array,
+    axes: Sequence[int],
+    picked: Sequence[int],
+    kept: Sequence[Kept],
+    layer: jax.Array | None,
+) -> jax.Array:
+    """The indices of a gather or scatter, as places in what is kept.
+
+    Args:
+      equation: the gather or scatter.
+      indices: (..., columns).
+      axes: the axis of the operand that each column is for.
+      picked: those of which one entry is picked at a time.
+      kept: what stays of the operand's axes.
+      layer: of a stack.
+    """
+    if all(kept[axis] is None for axis in picked):
+        return indices
+    shape = equation.inputs[0].shape
+    columns = [
+        _places_of(column, shape[axis], kept[axis], layer) if axis in picked else column
+        for column, axis in zip(jnp.moveaxis(indices, -1, 0), axes, strict=True)
+    ]
+    return jnp.stack(columns, axis=-1)
+
+
+def _scatter(remains, equation, arrays, ins, outs, layer):
+    operand, indices, *updates = arrays
     numbers = equation.params["dimension_numbers"]
+    axes, picked = numbers.scatter_dims_to_operand_dims, numbers.inserted_window_dims
+    indices = _columns_of(equation, indices, axes, picked, ins[0], layer)
+    return bind(equation, [operand, indices, *updates])
+
+
+def _gather(remains, equation, arrays, ins, outs, layer):
+    numbers, whole = equation.params["dimension_numbers"], equation.inputs[0].shape
     picks = known_picks(remains.flow, equation)
     if picks is not None and any(k is not None for k in (*ins[0], *outs[0])):
         return [_gather_known(equation, picks, arrays[0], ins[0], outs[0], layer)]
     sizes = tuple(
-        size if kept is None or i in numbers.operand_batching_dims else len(kept)
-        for i, (size, kept) in enumerate(
-            zip(equation.params["slice_sizes"], ins[0], strict=True)
+        size if kept is None or size < n else len(kept)
+        for size, n, kept in zip(
+            equation.params["slice_sizes"], whole, ins[0], strict=True
         )
     )
-    return bind(equation, arrays, slice_sizes=sizes)
+    operand, indices = arrays
+    axes, picked = numbers.start_index_map, numbers.collapsed_slice_dims
+    indices = _columns_of(equation, indices, axes, picked, ins[0], layer)
+    return bind(equation, [operand, indices], slice_sizes=sizes)
 
 
 def _gather_known(
@@ -198,7 +268,11 @@ def _flat(kept: Sequence[Kept], shape: Sequence[int]) -> Kept:
 
 def _dynamic_slice(remains, equation, arrays, ins, outs, layer):
     sizes = thin_shape(outs[0], equation.params["slice_sizes"])
-    return bind(equation, arrays, slice_sizes=sizes)
+    operand, *starts = arrays
+    for i, (size, n) in enumerate(zip(sizes, equation.inputs[0].shape, strict=True)):
+        if size < n:
+            starts[i] = _places_of(starts[i], n, ins[0][i], layer)
+    return bind(equation, [operand, *starts], slice_sizes=sizes)
 
 
 def _made_of_keys(remains, equation, arrays, ins, outs, layer):
@@ -216,7 +290,10 @@ RESIZED: Mapping[str, Callable[..., list[Any]]] = {
     "slice": _slice,
     "pad": _pad,
     "conv_general_dilated": _conv,
+    "top_k": _top_k,
+    "argmax": _top_k,
     "gather": _gather,
+    **dict.fromkeys(SCATTERS, _scatter),
     "dynamic_slice": _dynamic_slice,
     "random_bits": _made_of_keys,
     "random_split": _made_of_keys,
