@@ -17,12 +17,12 @@ Measure: `print(agp.measure_cost(predict_smaller, smaller, x).table())`.
 
 Schedules: `polynomial_schedule`, `one_shot`, `schedule_within`, of type `Schedule`.
 Structures: `element`, `block`, `n_of_m`, `filters`, `channels`, `heads`,
-`layers`, of type `Structure`.
+`layers`, `experts`, of type `Structure`.
 Rules: `Rule`, `dense`, `match_rules`.
 Optimizer: `prune`, `PruneState`, `get_masks`.
 Masks: `make_masks`, `apply_masks`, `sparsity`, `fingerprint`.
 Thinning: `find_couplings` and what it gives, `Couplings`; `plan_cut` and `Cut`; `thin`,
-`thin_opt_state`, `thin_function`, `check_cut`.
+`thin_opt_state`, `thin_function`, `check_cut`; `without_experts`.
 Before training: `plan`, which gives a `PruningPlan`; `measure_cost`, a `Cost`.
 """
 
@@ -39,6 +39,7 @@ from agp_jax.structures import (
     block,
     channels,
     element,
+    experts,
     filters,
     heads,
     layers,
@@ -47,6 +48,7 @@ from agp_jax.structures import (
 from agp_jax.thinning.checks import check_cut
 from agp_jax.thinning.cuts import Cut, plan_cut
 from agp_jax.thinning.replay import thin_function
+from agp_jax.thinning.routers import without_experts
 from agp_jax.thinning.states import thin_opt_state
 from agp_jax.thinning.trees import thin
 
@@ -66,6 +68,7 @@ __all__ = [
     "check_cut",
     "dense",
     "element",
+    "experts",
     "filters",
     "find_couplings",
     "fingerprint",
@@ -86,6 +89,7 @@ __all__ = [
     "thin",
     "thin_function",
     "thin_opt_state",
+    "without_experts",
 ]
 
 

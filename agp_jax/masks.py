@@ -135,10 +135,10 @@ def remake_masks(
         scores=_by_path(scores, paths, "the scores"),
     )
     for leaf in leaves.values():
-        if couplings is None and leaf.rule.prunes_layers:
+        if couplings is None and leaf.rule.needs_couplings:
             raise ValueError(
-                f"{leaf.rule} prunes {leaf.structure}, which only couplings know: pass "
-                f"couplings=agp.find_couplings(fn, params, *inputs)"
+                f"{leaf.rule} prunes {leaf.path} by {leaf.structure}, which only "
+                f"couplings know: pass couplings=agp.find_couplings(fn, params, x)"
             )
     idle = frozenset(x for x in set(rules.values()) if x and not _may_prune(x, step))
     by_units = lambda leaf: couplings is not None and leaf.rule.prunes_units  # noqa: E731

@@ -164,7 +164,14 @@ polynomial_schedule(0.8, begin_step=0, end_step=400, frequency=20), scope='rule'
         With couplings such a rule ranks and masks whole units; layers are units, too.
         """
         has_slabs = self.structure is not None and self.structure.axis is not None
-        return has_slabs or self.prunes_layers
+        return has_slabs or self.needs_couplings
+
+    @property
+    def needs_couplings(self) -> bool:
+        """Whether only couplings tell where its cells are: layers and experts."""
+        if self.structure is None:
+            return False
+        return self.structure.is_of_layers or self.structure.chosen
 
     @property
     def prunes_layers(self) -> bool:
@@ -334,6 +341,8 @@ def _count_cells(
         rows, tensor = rule.divide(shape)
     except ValueError as error:
         raise ValueError(f"{error}, but {path} has shape {shape}") from None
+    if structure.chosen:
+        return 0  # couplings tell
     try:
         cells = num_cells(structure, tensor)
     except ValueError as error:

@@ -25,6 +25,8 @@ class Structure:
         axis of None is that of the input features.
       axis: the one axis that is divided, where cells span all others; else None.
       is_of_layers: whether cells are whole layers, of many tensors.
+      chosen: whether cells are what the model chooses between, along an axis that only
+        couplings tell.
 
     >>> filters(), filters() == filters(axis=-1), filters().axis
     (filters(axis=-1), True, -1)
@@ -35,6 +37,7 @@ class Structure:
     keep_n_of_m: tuple[int, int, int | None] | None = None
     axis: int | None = None
     is_of_layers: bool = False
+    chosen: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -202,6 +205,19 @@ def layers() -> Structure:
     {'down': None, 'up': None}
     """
     return Structure("layers()", lambda shape: shape, is_of_layers=True)
+
+
+def experts() -> Structure:
+    """One cell per expert, of which a router chooses some for each token.
+
+    A rule names stacked kernels of experts, the router, or both; couplings tell along
+    which axis the experts lie, so `prune` and `make_masks` need them.
+
+    >>> import agp_jax as agp
+    >>> agp.Rule("blocks/experts/.*", experts(), agp.one_shot(0.25), stacked_axes=1)
+    Rule('blocks/experts/.*', experts(), one_shot(0.25, step=0), stacked_axes=1)
+    """
+    return Structure("experts()", lambda shape: shape, chosen=True)
 
 
 def box_shape(structure: Structure, shape: Shape) -> Shape:

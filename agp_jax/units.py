@@ -73,7 +73,26 @@ def rank_groups(
                     f"the parameters of the group in one rule"
                 )
             ranked[group.name] = so_far._replace(scored=(*so_far.scored, member))
+    for group, rule, _ in ranked.values():
+        _check_choice(group, rule)
     return list(ranked.values())
+
+
+def _check_choice(group: Group, rule: Rule) -> None:
+    """Raises a ValueError if a rule leaves less than the function chooses at a time."""
+    if not group.num_chosen:
+        return
+    assert rule.schedule is not None  # it prunes
+    last = rule.schedule.exact_level(rule.schedule.num_events)
+    most = group.num_units - group.num_chosen
+    share = most / group.num_units
+    if rule.scope == "rule" or int(last * group.num_units) > most:
+        raise ValueError(
+            f"{rule} prunes {group.name}, of whose {group.num_units} units the "
+            f"function chooses {group.num_chosen} at a time, so {most} may go: "
+            f"expected scope='tensor' and a final_sparsity of at most {share:.6g}, got "
+            f"scope={rule.scope!r} and {float(last):g}"
+        )
 
 
 def all_units(group: Group) -> jax.Array:
@@ -142,12 +161,11 @@ def _check_variables(couplings: Couplings, weights: Mapping[str, Any]) -> None:
 
 def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
     """The groups whose units consist of the slabs that a rule divides a leaf into."""
-    axis = leaf.structure.axis
-    assert axis is not None
-    axis %= len(leaf.cell_shape)
-    width = leaf.box[axis]
     rows, tensor = leaf.rule.axes_of(leaf.weights.shape)
-    axis = tensor[axis]
+    axis, width = leaf.structure.axis, 1
+    if axis is not None:
+        width = leaf.box[axis]
+        axis = tensor[axis]
     homes = [
         (group, member)
         for group in couplings.groups
@@ -158,7 +176,7 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
     here = [
         (group, member)
         for group, member in homes
-        if member.axis == axis
+        if (group.num_chosen if axis is None else member.axis == axis)
         and _has_runs(member, width)
         and (named is None or re.fullmatch(named, group.name))
     ]
@@ -166,14 +184,21 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
     advice = f"put agp.dense({leaf.path!r}) before it"
     if not here:
         which = "such parts" if named is None else f"units named {named!r}"
-        fixed = couplings.frozen.get((leaf.path, axis), ())
-        reason = f" ({fixed[0][2]})" if fixed else ""
+        if axis is None:
+            where, axes = "chosen between", tuple(range(leaf.weights.ndim))
+        else:
+            where, axes = f"cut from its axis {axis}", (axis,)
+        runs = [couplings.frozen.get((leaf.path, k)) for k in axes]
+        reasons = "; ".join(run[0][2] for run in runs if run)
+        reason = f" ({reasons})" if reasons else ""
         raise ValueError(
-            f"{subject} no {which} can be cut from its axis {axis}{reason}. It has "
+            f"{subject} no {which} can be {where}{reason}. It has "
             f"{_describe_homes(leaf, homes)}. Choose of these, or {advice}"
         )
     for group, _ in here:
         if not group.exact:
+            if group.num_chosen:
+                advice = f"wrap the function in agp.without_experts, or {advice}"
             raise ValueError(
                 f"{subject} a model without units of {group.name} is another one than "
                 f"one with zeros ({group.inexact}). To go on, {advice}"
@@ -184,8 +209,8 @@ def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:
                 f"{group.name}, so they cannot be ranked apart. Leave stacked_axes "
                 f"out, and count all axes of {leaf.path} in the structure"
             )
-    counts = np.bincount(np.concatenate([m.indices.reshape(-1) for _, m in here]))
-    if counts.max() > 1:
+    along = np.concatenate([m.indices.reshape(-1) for _, m in here])
+    if axis is not None and np.bincount(along).max() > 1:
         raise ValueError(
             f"{subject} units of several kinds lie along its axis {axis}: "
             f"{_describe_homes(leaf, here)}. Choose one of them by name, as in "
@@ -233,6 +258,10 @@ def _describe_homes(leaf: Leaf, homes: Sequence[tuple[Group, Member]]) -> str:
 
 def _structure_of(leaf: Leaf, group: Group, member: Member) -> str:
     """The structure whose slabs are these units, as one writes it; "" for none."""
+    if group.is_stack:
+        return ": agp.layers()"
+    if group.num_chosen:
+        return ": agp.experts()"
     _, tensor = leaf.rule.axes_of(leaf.weights.shape)
     num_slices = member.indices.shape[1]
     if member.axis not in tensor or not _has_runs(member, num_slices):

@@ -18,12 +18,13 @@ PAGE = ROOT / "docs" / "api.md"
 
 PARTS = {
     "Schedules": "polynomial_schedule one_shot schedule_within Schedule",
-    "Structures": "element block n_of_m filters channels heads layers Structure",
+    "Structures": "element block n_of_m filters channels heads layers experts "
+    "Structure",
     "Rules": "Rule dense match_rules",
     "Optimizer": "prune PruneState get_masks",
     "Masks": "make_masks apply_masks sparsity fingerprint",
     "Thinning": "find_couplings Couplings plan_cut Cut thin thin_opt_state "
-    "thin_function check_cut",
+    "thin_function check_cut without_experts",
     "Plans and cost": "plan PruningPlan measure_cost Cost",
 }
 

@@ -54,6 +54,7 @@ ORDER = [
     "thinning.resizing",  # equations whose parameters hold a size
     "thinning.removal",  # a function without the leaves that are gone
     "thinning.replay",  # a function at the shapes of a cut
+    "thinning.routers",  # a function in which masked experts are never chosen
     "thinning.trees",  # what a cut leaves of any tree
     "thinning.states",  # and of an optimizer's state
     "thinning.checks",  # whether the thinned function is the masked one

@@ -1,7 +1,7 @@
 """Remains: what a cut leaves of every value of one traced function."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ class PerLayer:
         return self.rows.shape[1]
 
 
+# What is done instead of an equation: its outputs, given its inputs and a function that
+# gives the array of any variable so far.
+Edit = Callable[[Callable[[Variable], Any], list[Any]], list[Any]]
 # What stays along an axis: all of it, the indices in a vector, or others per layer.
 Kept = np.ndarray | PerLayer | None
 
@@ -63,12 +66,14 @@ class Remains:
         differ.
       kept: what stays along each axis, by the identity of its atoms, which stand beside
         it so that no other array takes their identity.
+      edits: what is done instead of some equations.
     """
 
     analysis: Analysis
     cut: Cut
     gone: np.ndarray
     kept: dict[int, tuple[np.ndarray, Kept]] = dataclasses.field(default_factory=dict)
+    edits: Mapping[Equation, Edit] = dataclasses.field(default_factory=dict)
 
     @property
     def flow(self) -> Flow:

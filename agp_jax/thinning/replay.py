@@ -106,10 +106,15 @@ def thin_function(
             known[key] = find_remains(analysis, cut)
         remains = known[key]
         given = [*arrays, *jax.tree.leaves((args, kwargs))]
-        out = _run(remains, remains.analysis.program, given, None)
-        return jax.tree.unflatten(jax.tree.structure(remains.analysis.out), out)
+        return run(remains, given)
 
     return thinned
+
+
+def run(remains: Remains, arrays: Sequence[Any]) -> PyTree:
+    """What a function returns for what remains of its inputs, all leaves in order."""
+    out = _run(remains, remains.analysis.program, arrays, None)
+    return jax.tree.unflatten(jax.tree.structure(remains.analysis.out), out)
 
 
 def _check_paths(
@@ -154,7 +159,11 @@ def _run(
         return known[variable]
 
     for equation in program.equations:
-        outputs = _apply(remains, equation, [read(v) for v in equation.inputs], layer)
+        inputs = [read(v) for v in equation.inputs]
+        if equation in remains.edits:
+            outputs = remains.edits[equation](read, inputs)
+        else:
+            outputs = _apply(remains, equation, inputs, layer)
         known.update(zip(equation.outputs, outputs, strict=True))
     return [read(v) for v in program.outputs]
 
@@ -186,6 +195,8 @@ def _is_touched(remains: Remains, equation: Equation) -> bool:
     programs = list(equation.bodies)
     while programs:
         program = programs.pop()
+        if not remains.edits.keys().isdisjoint(program.equations):
+            return True
         variables += program.inputs
         for inner in program.equations:
             variables += [*inner.inputs, *inner.outputs]
