@@ -12,6 +12,7 @@ from agp_jax.trees import flatten_with_paths
 
 VOCABULARY, WIDTH, DEPTH, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 11, 12, 3, 4, 2, 4, 10
 ROWS, LENGTH = 2, 5
+EXPERTS_PER_TOKEN = 2  # the default
 STARTS = np.array([True, False])
 
 
@@ -69,8 +70,18 @@ def numpy_logits(variables, tokens):
         return y.reshape(len(x), -1) @ kernels["out"]["kernel"]
 
     def mlp(kernels, x):
+        if "router" in kernels:
+            return np.stack([experts(kernels, token) for token in x])
         gate, up = x @ kernels["gate"]["kernel"], x @ kernels["up"]["kernel"]
         return (gate / (1 + np.exp(-gate)) * up) @ kernels["down"]["kernel"]
+
+    def experts(kernels, token):
+        logits = token @ kernels["router"]["kernel"]
+        best = np.argsort(-logits)[:EXPERTS_PER_TOKEN]
+        weights = np.exp(logits[best]) / np.exp(logits[best]).sum()
+        own = {k: v for k, v in kernels.items() if k != "router"}
+        made = [mlp(jax.tree.map(lambda x, e=e: x[e], own), token) for e in best]
+        return weights @ np.stack(made)
 
     logits = []
     for row in tokens:
@@ -83,9 +94,13 @@ def numpy_logits(variables, tokens):
     return np.stack(logits)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_logits_are_those_of_the_formulas(kv_heads):
-    model, variables = make(kv_heads)
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_heads": 1}, {"kv_heads": 2}, {"kv_heads": 4}, {"num_experts": 4}],
+    ids=str,
+)
+def test_logits_are_those_of_the_formulas(options):
+    model, variables = make(**options)
     tokens = random_tokens()
     logits = predict_with(model)(variables, tokens, STARTS)
     expected = numpy_logits(variables, tokens)
@@ -226,6 +241,10 @@ def test_new_kernels_are_normal_and_what_ends_in_the_stream_is_smaller():
         ({"num_heads": 4, "num_kv_heads": 3}, "multiple of the 3 heads of keys, got 4"),
         ({"num_heads": 5}, "multiple of the 5 heads, got 16; or give head_dim"),
         ({"num_heads": 4, "head_dim": 5}, "even number of features.*got 5"),
+        (
+            {"num_experts": 1},
+            "experts_per_token must be from 1 to the 1",
+        ),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(options, message):
@@ -300,9 +319,13 @@ def cut_half(couplings, groups, **options):
     return masks, agp.plan_cut(masks, couplings, **options)
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "stream"])
-def test_a_cut_leaves_what_the_masked_model_computes(exact):
-    model, variables = make()
+@pytest.mark.parametrize(
+    "exact, experts",
+    [(True, 0), (False, 0), (True, 4)],
+    ids=["exact", "stream", "experts"],
+)
+def test_a_cut_leaves_what_the_masked_model_computes(exact, experts):
+    model, variables = make(num_experts=experts)
     predict = functools.partial(model.apply, train=False)
     couplings, groups = find_groups(model, variables)
     some = [g for made, g in groups.items() if (made != STREAM) == exact]
@@ -350,6 +373,37 @@ def test_rules_prune_heads_and_channels_of_each_layer():
     assert cut.thin_shape("params/blocks/attention/out/kernel") == (3, 8, 12)
     assert cut.thin_shape("params/blocks/mlp/down/kernel") == (3, 5, 12)
     assert len(cut["params/blocks/mlp/down/kernel"][1]) == DEPTH
+
+
+def test_experts_of_each_layer_go_while_it_trains():
+    """What is left trains on as the masked model would."""
+    model, variables = make(num_experts=4)
+    params, loss = variables["params"], loss_of(model)
+    couplings, _ = find_groups(model, variables)
+    couplings = couplings.subtree("params")
+    schedule = agp.polynomial_schedule(0.5, begin_step=1, end_step=2)
+    rules = [agp.Rule("blocks/mlp/router/kernel", agp.experts(), schedule)]
+    inner = optax.adam(1e-2)
+    pruning = agp.prune(inner, rules, couplings=couplings)
+    batch = random_tokens(), STARTS, jax.random.key(4)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(tx, params, state):
+        gradients = jax.grad(lambda p: loss({"params": p}, *batch))(params)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = pruning.init(params)
+    for _ in range(2):
+        params, state = step(pruning, params, state)
+    cut = agp.plan_cut(agp.get_masks(state), couplings)
+    assert cut.thin_shape("blocks/mlp/down/kernel") == (DEPTH, 2, HIDDEN, WIDTH)
+    assert cut.thin_shape("blocks/mlp/router/kernel") == (DEPTH, WIDTH, 2)
+    small, small_state = agp.thin(params, cut), agp.thin_opt_state(state, params, cut)
+    found, _ = step(inner, small, small_state.inner_state)  # all events are over
+    expected = agp.thin(step(pruning, params, state)[0], cut)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_rules_keep_n_of_m_of_each_layer():

@@ -19,10 +19,11 @@ class Gpt(nn.Module):
     for them has `stacked_axes=1`. Queries of several heads may share one key and value.
     Training with dropout needs a key for "dropout".
 
-    A cut may take features of the MLPs, features of values, and heads: keys and values
-    with all of their queries, or as many queries of each key. It may take others in
-    each layer, but as many; and it may take whole layers. Queries and keys keep their
-    features, by whose number a kernel tells how many heads it has.
+    A cut may take features of the MLPs, experts, features of values, and heads: keys
+    and values with all of their queries, or as many queries of each key. It may take
+    others in each layer, but as many; and it may take whole layers. Queries and keys
+    keep their features, by whose number a kernel tells how many heads it has. An expert
+    whose router weights are all zero is never chosen.
 
     Attributes:
       vocabulary: how many tokens there are; the embedding also makes the logits.
@@ -33,6 +34,9 @@ class Gpt(nn.Module):
       head_dim: features of a head, an even number; by default heads share the width.
       mlp_width: hidden features of a layer's MLP; by default 8/3 of the width,
         rounded up to a multiple of 8.
+      num_experts: how many MLPs of that width a layer has, of which a router chooses
+        some for each token; 0 for one, which all tokens go through.
+      experts_per_token: how many it chooses. The softmax of their logits weighs them.
       dropout: the fraction that training drops of what enters the residual stream.
       dtype: what layers compute in. Parameters, normalisation and logits are float32.
       remat: whether layers are computed again for the gradient instead of remembered.
@@ -45,6 +49,8 @@ class Gpt(nn.Module):
     num_kv_heads: int | None = None
     head_dim: int | None = None
     mlp_width: int | None = None
+    num_experts: int = 0
+    experts_per_token: int = 2
     dropout: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
@@ -78,6 +84,8 @@ class Gpt(nn.Module):
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             mlp_width=self.mlp_width or 8 * -(-self.width // 3),
+            num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
             dropout=self.dropout if train else 0.0,
             # What a layer adds is as large in sum, however many there are.
             out_scale=0.02 / (2 * self.depth) ** 0.5,
@@ -107,6 +115,11 @@ class Gpt(nn.Module):
                 f"width must be a multiple of the {self.num_heads} heads, got "
                 f"{self.width}; or give head_dim"
             )
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token must be from 1 to the {self.num_experts} experts, "
+                f"got {self.experts_per_token}"
+            )
         head_dim = self.head_dim or self.width // self.num_heads
         if head_dim % 2:
             raise ValueError(
@@ -122,6 +135,8 @@ class _Block(nn.Module):
     num_kv_heads: int
     head_dim: int
     mlp_width: int
+    num_experts: int
+    experts_per_token: int
     dropout: float
     out_scale: float
     dtype: Any
@@ -140,7 +155,12 @@ class _Block(nn.Module):
             self.dtype,
             name="attention",
         )
-        mlp = _Mlp(self.width, self.mlp_width, self.out_scale, self.dtype, name="mlp")
+        sizes = self.width, self.mlp_width, self.out_scale, self.dtype
+        mlp = (
+            _Experts(*sizes, self.num_experts, self.experts_per_token, name="mlp")
+            if self.num_experts
+            else _Mlp(*sizes, name="mlp")
+        )
         x = x + drop(attention(_RmsNorm(self.width, name="norm1")(x), cos, sin))
         x = x + drop(mlp(_RmsNorm(self.width, name="norm2")(x)))
         return x, None
@@ -185,6 +205,58 @@ class _Mlp(nn.Module):
         return _dense(self.width, self.dtype, "down", self.out_scale)(
             nn.silu(gate) * up
         )
+
+
+class _Experts(nn.Module):
+    """A mixture of MLPs (arXiv:1701.06538), each of which sees the tokens it is for."""
+
+    width: int
+    hidden: int
+    out_scale: float
+    dtype: Any
+    num_experts: int
+    num_chosen: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        tokens = x.reshape(-1, x.shape[-1])  # (tokens, width)
+        logits = self._logits(tokens)  # (tokens, experts)
+        values, chosen = jax.lax.top_k(logits, self.num_chosen)  # (tokens, chosen)
+        # Tokens in runs of one expert each, and how long these are.
+        order = jnp.argsort(chosen.reshape(-1))
+        lengths = jnp.bincount(chosen.reshape(-1), length=logits.shape[-1])
+        runs = tokens[order // self.num_chosen]
+
+        def products(runs: jax.Array, name: str, features: int, scale: float = 0.02):
+            shape = (self.num_experts, runs.shape[-1], features)
+            kernel = _Kernel(shape, scale, name=name)().astype(self.dtype)
+            return jax.lax.ragged_dot(runs.astype(self.dtype), kernel, lengths)
+
+        gate, up = (products(runs, name, self.hidden) for name in ("gate", "up"))
+        made = products(nn.silu(gate) * up, "down", self.width, self.out_scale)
+        made = made[jnp.argsort(order)].reshape(*chosen.shape, -1)
+        weights = nn.softmax(values).astype(made.dtype)
+        return jnp.einsum("tkd,tk->td", made, weights).reshape(*x.shape[:-1], -1)
+
+    def _logits(self, tokens: jax.Array) -> jax.Array:
+        """How well each expert is for each token, in float32."""
+        kernel = _Kernel((self.width, self.num_experts), 0.02, name="router")()
+        logits = tokens.astype(kernel.dtype) @ kernel
+        # An expert without weights is not there.
+        is_there = jnp.any(kernel != 0, axis=0, keepdims=True)
+        return jnp.where(is_there, logits, -jnp.inf)
+
+
+class _Kernel(nn.Module):
+    """A kernel that is multiplied elsewhere."""
+
+    shape: tuple[int, ...]
+    scale: float
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.initializers.normal(self.scale)
+        return stored_or_new(self, "kernel", init, self.shape)
 
 
 class _RmsNorm(nn.Module):

@@ -72,6 +72,9 @@ class Model:
       tied: whether an "lstm" decodes with its embedding; "gpt" always does.
       num_heads: of queries in each layer of a "gpt".
       num_kv_heads: of keys and values; 0 for as many as of queries.
+      num_experts: MLPs in each layer of a "gpt", of which a router chooses
+        `experts_per_token` for each token; 0 for a single one without a router.
+      experts_per_token: how many it chooses.
       dtype: what the layers of a "gpt" compute in, "float32" or "bfloat16".
       remat: whether a "gpt" computes its layers again for the gradient.
     """
@@ -84,6 +87,8 @@ class Model:
     tied: bool = True
     num_heads: int = 8
     num_kv_heads: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 2
     dtype: str = "float32"
     remat: bool = False
 
@@ -382,8 +387,11 @@ def _check_data_and_model(config: Config) -> None:
         _require(config, f"data.{name}", lambda x, usual=usual: x == usual, what)
     for name in ("data.bptt", "data.eval_rows", "model.num_heads"):
         _require(config, name, lambda x: x > 0, "at least 1")
-    for name in ("model.depth", "model.num_kv_heads"):
+    for name in ("model.depth", "model.num_kv_heads", "model.num_experts"):
         _require(config, name, lambda x: x >= 0, "at least 0")
+    if most := config.model.num_experts:
+        what = f"from 1 to the {most} of model.num_experts"
+        _require(config, "model.experts_per_token", lambda x: 1 <= x <= most, what)
     _require_one_of(config, "model.name", LANGUAGE_MODELS)
     _require_one_of(config, "model.dtype", ("float32", "bfloat16"))
     _require(config, "model.dropout", lambda x: 0 <= x < 1, "in [0, 1)")

@@ -67,6 +67,8 @@ def _make_model(options: Model, vocabulary_size: int) -> nn.Module:
     else:
         chosen["num_heads"] = options.num_heads
         chosen["num_kv_heads"] = options.num_kv_heads or None
+        chosen["num_experts"] = options.num_experts
+        chosen["experts_per_token"] = options.experts_per_token
         chosen["dtype"] = jnp.dtype(options.dtype)
         chosen["remat"] = options.remat
     return LANGUAGE_MODELS[options.name](vocabulary_size, **chosen)
