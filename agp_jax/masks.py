@@ -70,9 +70,9 @@ def make_masks(
       scores: a tree like `params` whose arrays replace the rules' own scores, each of
         its parameter's shape; None or `optax.MaskedNode()` where the rule's score
         should be used.
-      couplings: of `params`. With them rules with filters, channels or heads rank the
-        units of a group by scores summed over all its parameters that the rules name,
-        and the masks cover every slice of a unit, in dense parameters too.
+      couplings: of `params`. With them rules with filters, channels, heads or experts
+        rank the units of a group by scores summed over all its parameters that the
+        rules name, and the masks cover every slice of a unit, in dense parameters too.
 
     Returns:
       A tree like `params` of bool arrays and `optax.MaskedNode()`.

@@ -76,8 +76,8 @@ def prune(
       inner: any optax optimizer.
       rules: which parameters to prune, how and when; the first match wins.
       couplings: of the parameters, from `find_couplings`. With them rules with filters,
-        channels or heads rank the units of a group, by scores summed over all its
-        parameters that the rules name, and mask every slice of a unit: the model
+        channels, heads or experts rank the units of a group, by scores summed over all
+        its parameters that the rules name, and mask every slice of a unit: the model
         computes what it will once these are cut. Without, such a rule masks the
         parameter that it names and nothing else.
       packed: store masks at one bit per weight instead of one byte. Not with

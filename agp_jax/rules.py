@@ -98,8 +98,8 @@ polynomial_schedule(0.8, begin_step=0, end_step=400, frequency=20), scope='rule'
             _check_expression(f"{self}: units", self.units)
             if not self.prunes_units:
                 raise ValueError(
-                    f"{self}: units names groups of filters, channels or heads, which "
-                    f"its structure is not: {self.structure}"
+                    f"{self}: units names groups of filters, channels, heads or "
+                    f"experts, which its structure is not: {self.structure}"
                 )
         if self.prunes_layers and (self.units is not None or stacked):
             raise ValueError(

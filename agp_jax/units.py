@@ -1,8 +1,8 @@
 """Units: coupled slices of several parameters, which are ranked and masked as one.
 
-With couplings, a rule with filters, channels or heads ranks the units of the groups
-that its slabs belong to, by scores summed over all the parameters that the rule names.
-The masks then cover every slice of a unit, in parameters that no rule names too.
+With couplings, a rule with filters, channels, heads or experts ranks the units of the
+groups that its slabs belong to, by scores summed over all the parameters that the rule
+names. The masks then cover every slice of a unit, in parameters that no rule names too.
 """
 
 import functools

@@ -177,11 +177,41 @@ def test_a_decoder_loses_layers_and_trains_on(tmp_path):
         set_up(config)
 
 
+def test_a_decoder_loses_experts_in_events_and_goes_on_without(tmp_path):
+    config = lstm_config(
+        distill=Distill(),
+        steps=4,
+        log_every=2,
+        checkpoint_every=4,
+        model=Model(name="gpt", width=8, depth=2, num_heads=2, num_experts=4),
+        prune=Prune(
+            final_sparsity=0.5,
+            end_step=2,
+            cut_step=2,
+            coupled=True,
+            rules=(agp.Rule("blocks/mlp/(gate|up|down)/kernel", agp.experts()),),
+        ),
+    )
+    summary = run_quietly(config, tmp_path)
+    params = checkpoint.restore_variables(tmp_path, step="latest")["params"]
+    assert params["blocks"]["mlp"]["router"]["kernel"].shape == (2, 8, 2)
+    assert params["blocks"]["mlp"]["down"]["kernel"].shape[:2] == (2, 2)
+    assert np.isfinite(summary["test_perplexity"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(model=Model(name="resnet20")), "config.model.name must be one of lstm"),
         (dict(model=Model(name="gpt", dtype="half")), "config.model.dtype must be one"),
+        (
+            dict(model=Model(name="gpt", num_experts=1)),
+            "config.model.experts_per_token must be from 1 to the 1 of",
+        ),
+        (
+            dict(prune=Prune(rules=(agp.Rule("blocks/.*", agp.experts()),))),
+            "whose place only couplings tell: set config.prune.coupled=True",
+        ),
         (dict(data=Data(name="pydoc_bytes", bptt=0)), "config.data.bptt must be at"),
         (dict(data=Data(name="pydoc_bytes", augment="shift")), "config.data.augment"),
         (dict(data=Data(name="pydoc_bytes", bptt=10**6)), "choose a smaller batch"),

@@ -177,7 +177,7 @@ class Prune:
       fold_norms: whether convolution kernels are ranked as they are once the
         normalisation that follows is folded into them.
       coupled: whether rules with filters, channels or heads prune whole units: every
-        slice that the model couples to theirs. Layers need it.
+        slice that the model couples to theirs. Layers and experts need it.
       cut_step: the step after which these units are cut out and a smaller model trains
         on, a multiple of `log_every` and not before the last event of these rules; 0
         for never. What they named then falls to the next rules that match it. If not
@@ -410,8 +410,8 @@ def _check_cut_step(config: Config, rules: Sequence[Rule]) -> None:
     last = last_event(cut_by)
     if not cut_by:
         raise ConfigError(
-            "config.prune.cut_step cuts out filters, channels or heads, but no rule "
-            "of config.prune.rules prunes any; set it to 0"
+            "config.prune.cut_step cuts out filters, channels, heads or experts, but "
+            "no rule of config.prune.rules prunes any; set it to 0"
         )
     _require(
         config,
@@ -494,9 +494,9 @@ def make_rules(config: Config) -> tuple[Rule, ...]:
             "a dense model"
         )
     for rule in rules:
-        if rule.prunes_layers and not prune.coupled:
+        if rule.needs_couplings and not prune.coupled:
             raise ConfigError(
-                f"{rule} prunes {rule.structure}, which the model's couplings tell: "
+                f"{rule} prunes {rule.structure}, whose place only couplings tell: "
                 f"set config.prune.coupled=True"
             )
         if rule.schedule and rule.schedule.end_step > config.steps:
