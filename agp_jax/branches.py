@@ -35,8 +35,7 @@ class Layers(NamedTuple):
     members: Mapping[str, int]
 
     @property
-    def number(self) -> int:
-        """How many there are."""
+    def num_layers(self) -> int:
         return 1 + max(self.scored.values())
 
 
@@ -69,14 +68,14 @@ def rank_layers(leaves: Mapping[str, Leaf], couplings: Couplings) -> list[Layers
 
 def enter_layers(layers: Layers, leaves: Mapping[str, Leaf]) -> Entrant:
     """The layers as they enter a contest."""
-    scores = [jnp.zeros((), jnp.float32)] * layers.number
-    alive = [jnp.zeros((), bool)] * layers.number
+    scores = [jnp.zeros((), jnp.float32)] * layers.num_layers
+    alive = [jnp.zeros((), bool)] * layers.num_layers
     for path, number in layers.scored.items():
         score, is_alive = _score_whole(leaves[path])
         scores[number] += score
         alive[number] |= is_alive
     arrays = (jnp.stack(scores), jnp.stack(alive))
-    return Entrant(arrays, cell_keys, shape=(layers.number,))
+    return Entrant(arrays, cell_keys, shape=(layers.num_layers,))
 
 
 def masks_of_layers(

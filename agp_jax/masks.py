@@ -228,7 +228,7 @@ def _rank(
     for layers in ranked_layers:
         keep = functools.partial(keep_layers, layers)
         if layers.rule in idle:
-            keep(jnp.ones(layers.number, bool))
+            keep(jnp.ones(layers.num_layers, bool))
         else:
             entries.append(_Entry(enter_layers(layers, leaves), layers.rule, keep))
     kept_of_each = hold_contests(
