@@ -53,6 +53,12 @@ def test_the_table_has_a_line_for_equal_tensors_and_the_totals(printed):
     ]
 
 
+def test_a_dense_model_is_asked_for_nothing(printed):
+    lines = printed(lambda console: reports.print_counts(console, COUNTS[1:]))
+    assert lines[0] == ["tensor", "shape", "non-zero", "each", "sparsity"]
+    assert lines[-1] == ["total", "12", "0.00%"]
+
+
 def test_after_a_cut_the_table_has_both_shapes_and_the_whole_as_its_basis(printed):
     assert printed(lambda console: reports.print_counts(console, CUT)) == [
         ["tensor", "before", "after", "non-zero", "sparsity"],

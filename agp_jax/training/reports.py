@@ -22,20 +22,21 @@ _MAX_EVENTS = 24  # that a plan lists; of more the middle is left out
 def print_counts(console: Console, counts: Sequence[TensorCount]) -> None:
     """Prints a line for each tensor and one for all; equal tensors share one."""
     is_cut = any(count.left != count.shape for count in counts)
+    # After a cut what rules ask for is of units that are gone, or of the rest.
+    has_targets = not is_cut and any(count.target is not None for count in counts)
     rows = []
     for count in counts:
         row = [count.path, _describe_shape(count.shape)]
         row += [_describe_shape(count.left)] if is_cut else []
         row += [f"{count.nonzero:,}", f"{count.sparsity:.2%}"]
-        # After a cut what rules ask for is of units that are gone, or of the rest.
-        rows.append(row if is_cut else [*row, _describe_target(count)])
+        rows.append([*row, _describe_target(count)] if has_targets else row)
     target = total_target(counts)
     total = ["total", *[""] * (2 if is_cut else 1)]
     total += [f"{sum(c.nonzero for c in counts):,}", f"{total_sparsity(counts):.2%}"]
-    if not is_cut:
+    if has_targets:
         total.append("" if target is None else _percent(target))
-    rest = ["sparsity"] if is_cut else ["sparsity", "asked for"]
-    _print_tensors(console, is_cut, rows, rest, [total])
+    rest = ["sparsity", "asked for"] if has_targets else ["sparsity"]
+    _print_tensors(console, is_cut, rows, rest, [total], spare_last=has_targets)
 
 
 def _print_tensors(
@@ -44,6 +45,8 @@ def _print_tensors(
     rows: Sequence[Sequence[str]],
     titles: Sequence[str],
     totals: Sequence[Sequence[str]] = (),
+    *,
+    spare_last: bool,
 ) -> None:
     """Prints rows of a path, a shape (before and after a cut), non-zeros and others."""
     grouped = group_rows(rows)
@@ -51,7 +54,7 @@ def _print_tensors(
     nonzero = "non-zero" if len(grouped) == len(rows) else "non-zero each"
     table = [*grouped, *totals]
     titles = ["tensor", *shapes, nonzero, *titles]
-    print_table(console, titles, table, spare_last=True)
+    print_table(console, titles, table, spare_last=spare_last)
 
 
 def print_plan(console: Console, plan: Plan, experiment: Experiment) -> None:
@@ -79,7 +82,7 @@ def print_plan(console: Console, plan: Plan, experiment: Experiment) -> None:
         sparsity = f"{1 - nonzero / tensor.before.params:.2%}"
         is_dense = not tensor.rules and nonzero == tensor.before.params
         rows.append([*row, f"{nonzero:,}", "dense" if is_dense else sparsity])
-    _print_tensors(console, plan.is_cut, rows, ["sparsity"])
+    _print_tensors(console, plan.is_cut, rows, ["sparsity"], spare_last=plan.is_cut)
     console.print()
     _print_totals(console, plan, experiment.task.item)
     if config.published:
