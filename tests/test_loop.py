@@ -1,5 +1,6 @@
 """Real training on the digits, stopped, resumed and compared bit for bit."""
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from runs import (
     Stop,
     StopAt,
@@ -51,6 +53,9 @@ def uninterrupted(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     run_quietly(config, workdir)
     return workdir
+
+
+LEFT = ["summary.json", "sparsity_and_accuracy.png"]
 
 
 def test_a_run_leaves_what_it_learned(uninterrupted, config):
@@ -107,7 +112,12 @@ def test_the_weights_alone_can_be_had(uninterrupted, config):
 def test_the_same_command_again_changes_nothing(uninterrupted, config):
     before = read_metrics(uninterrupted)
     summary = (uninterrupted / "summary.json").read_text()
-    run_quietly(config, uninterrupted)
+    console = Console(file=io.StringIO())
+    loop.run(config, uninterrupted, console)
+    told = console.file.getvalue()
+    assert "already finished, with step 30" in told and "step 30/30" not in told
+    assert "test accuracy" in told.splitlines()[-3]
+    assert [f"wrote {uninterrupted / name}" for name in LEFT] == told.splitlines()[-2:]
     assert read_metrics(uninterrupted) == before
     assert (uninterrupted / "summary.json").read_text() == summary
 
