@@ -13,17 +13,33 @@ language model go on with that text. --help lists all configs and their fields.
 """
 
 import ast
+import contextlib
 import re
+import shutil
 import sys
 import textwrap
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-from rich.console import Console
 
-with Console().status("starting"):  # these take seconds
+
+@contextlib.contextmanager
+def _telling(message: str) -> Iterator[None]:
+    """Shows a message on a terminal until a block is done.
+
+    It does not move: imports of tfds and a thread that imports get in each other's way.
+    """
+    if sys.stdout.isatty():
+        print(message, end="", flush=True)
+    yield
+    if sys.stdout.isatty():
+        print("\r\x1b[2K", end="", flush=True)
+
+
+with _telling("starting"):  # these take seconds
     from agp_jax.data import DataError
     from agp_jax.models.torch_weights import WeightsError
     from agp_jax.training.config import ConfigError
@@ -115,7 +131,7 @@ def _config_file() -> Path:
 
 def _parse_flags(arguments: list[str]) -> list[str]:
     if set(_HELP) & set(arguments):
-        print(_describe_usage(Console().width))
+        print(_describe_usage(shutil.get_terminal_size().columns))
         sys.exit()
     if not any(re.match("--?config(=|$)", argument) for argument in arguments):
         arguments = [arguments[0], f"--config={_EMBEDDED}", *arguments[1:]]
