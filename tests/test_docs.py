@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -15,8 +16,9 @@ def test_code_blocks_run(page):
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     assert len(blocks) == text.count("```python")  # none is left out
     names = {}
-    for block in blocks:  # one after the other, as a reader would
-        exec(compile(block, str(page), "exec"), names)
+    with jax.numpy_rank_promotion("allow"):  # one after the other, as a reader would
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
