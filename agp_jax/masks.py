@@ -34,6 +34,7 @@ from agp_jax.trees import (
 )
 from agp_jax.units import (
     all_units,
+    check_couplings,
     enter_group,
     masks_of_members,
     rank_groups,
@@ -91,6 +92,7 @@ def make_masks(
     """
     if couplings is not None:
         expect(couplings, Couplings, "couplings from agp.find_couplings")
+        check_couplings(couplings, params)
     _check_step(step)
     matched = match_rules(rules, params)
     return remake_masks(

@@ -27,6 +27,7 @@ from agp_jax.trees import (
     map_children,
     map_moments,
 )
+from agp_jax.units import check_couplings
 
 
 class PruneState(NamedTuple):
@@ -188,6 +189,8 @@ def _follow_rules(
     packed: bool,
 ) -> tuple[jax.Array, PyTree, PyTree]:
     """The next step, its masks as they are stored, and what the optimizer remembers."""
+    if couplings is not None:  # first: of a model that was cut, rules may not fit
+        check_couplings(couplings, params)
     matched = match_rules(rules, params)
     step = jnp.asarray(optax.safe_increment(step))
     is_event = _is_event(matched, step)

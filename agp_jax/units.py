@@ -21,7 +21,7 @@ from agp_jax.couplings import Couplings, Group, Member
 from agp_jax.rules import Rule
 from agp_jax.selection import Entrant
 from agp_jax.shardings import replicate
-from agp_jax.trees import Shape, flatten_with_paths
+from agp_jax.trees import PyTree, Shape, flatten_with_paths
 
 
 class RankedGroup(NamedTuple):
@@ -38,6 +38,26 @@ class RankedGroup(NamedTuple):
     scored: tuple[Member, ...]
 
 
+def check_couplings(couplings: Couplings, params: PyTree) -> None:
+    """Raises a ValueError if the couplings are of other parameters, and says which."""
+    own_paths, own_leaves, _ = flatten_with_paths(params)
+    weights = dict(zip(own_paths, own_leaves, strict=True))
+    paths, leaves, _ = flatten_with_paths(couplings.variables)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if path not in weights:
+            raise ValueError(
+                f"the couplings have {path!r}, which is no parameter: pass those of "
+                f"the parameters alone, such as couplings.subtree('params')"
+            )
+        if jnp.shape(weights[path]) != leaf.shape:
+            raise ValueError(
+                f"the couplings are of {path} with shape {leaf.shape}, but it has "
+                f"shape {jnp.shape(weights[path])}. If it has been cut, make the "
+                f"optimizer anew: agp.prune(inner, []), or with the rules that go on "
+                f"and couplings=agp.find_couplings(thinned_function, thinned, *inputs)"
+            )
+
+
 def rank_groups(
     leaves: Mapping[str, Leaf],
     weights: Mapping[str, Any],
@@ -51,10 +71,9 @@ def rank_groups(
       couplings: of all parameters.
 
     Raises:
-      ValueError: if the couplings are of other parameters; if what a rule names cannot
-        be removed; if two rules want different things of one group.
+      ValueError: if what a rule names cannot be removed; if two rules want different
+        things of one group.
     """
-    _check_variables(couplings, weights)
     ranked: dict[str, RankedGroup] = {}
     for leaf in leaves.values():
         if not leaf.rule.prunes_units:
@@ -140,23 +159,6 @@ def masks_of_members(
         )
         for path, found in flags.items()
     }
-
-
-def _check_variables(couplings: Couplings, weights: Mapping[str, Any]) -> None:
-    paths, leaves, _ = flatten_with_paths(couplings.variables)
-    for path, leaf in zip(paths, leaves, strict=True):
-        if path not in weights:
-            raise ValueError(
-                f"the couplings have {path!r}, which is no parameter: pass those of "
-                f"the parameters alone, such as couplings.subtree('params')"
-            )
-        if jnp.shape(weights[path]) != leaf.shape:
-            raise ValueError(
-                f"the couplings are of {path} with shape {leaf.shape}, but it has "
-                f"shape {jnp.shape(weights[path])}. If it has been cut, make the "
-                f"optimizer anew: agp.prune(inner, []), or with the rules that go on "
-                f"and couplings=agp.find_couplings(thinned_function, thinned, *inputs)"
-            )
 
 
 def _groups_of(leaf: Leaf, couplings: Couplings) -> list[tuple[Group, Member]]:

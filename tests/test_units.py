@@ -479,5 +479,10 @@ def test_couplings_of_other_parameters_are_refused():
     params = draw()
     params["up"]["kernel"] = jnp.ones((8, 13))
     match = r"up/kernel with shape \(8, 12\).*\(8, 13\).*anew: agp.prune\(inner, \[\]\)"
+    rule = agp.Rule("up/kernel", agp.heads(12), HALF)  # 13 do not divide
     with pytest.raises(ValueError, match=match):
-        masks_at(params, [filters("embed/kernel")], 1)
+        masks_at(params, [rule], 1)
+    tx = agp.prune(optax.sgd(0.1), [rule], couplings=couplings())
+    state = jax.eval_shape(tx.init, draw())
+    with pytest.raises(ValueError, match=match):
+        jax.eval_shape(tx.update, params, state, params)
