@@ -172,7 +172,7 @@ def weight_scores(leaf: Leaf) -> jax.Array:
 
 def check_scores(path: str, scores: jax.Array, shape: tuple[int, ...]) -> None:
     """Raises ValueError if scores have not the shape of their parameter."""
-    found = None if scores is None else jnp.shape(scores)
+    found = None if scores is None else np.shape(scores)
     if found != shape:
         raise ValueError(f"scores for {path} must have its shape {shape}, got {found}")
     dtype = jnp.result_type(scores)

@@ -262,10 +262,10 @@ def _pruned_leaves(
         if mask is not None:
             _check_mask(path, mask, array.shape)
         gradient = gradients.get(path) if rule.scores_gradients else None
-        if gradient is not None and jnp.shape(gradient) != array.shape:
+        if gradient is not None and np.shape(gradient) != array.shape:
             raise ValueError(
                 f"the gradient of {path} must have its shape {array.shape}, got "
-                f"{jnp.shape(gradient)}"
+                f"{np.shape(gradient)}"
             )
         score = scores.get(path)
         if score is not None:
@@ -366,7 +366,7 @@ def masks_of_leaves(masks: PyTree, tree: PyTree) -> list[jax.Array | None]:
     found = leaves_of(masks, paths, "the masks")
     for path, leaf, mask in zip(paths, leaves, found, strict=True):
         if mask is not None:
-            _check_mask(path, mask, jnp.shape(leaf))
+            _check_mask(path, mask, np.shape(leaf))
     return found
 
 

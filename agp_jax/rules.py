@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from agp_jax.schedules import Schedule, in_parts
 from agp_jax.structures import Structure, num_cells
@@ -260,7 +261,7 @@ def match_rules(rules: Sequence[Rule], params: PyTree) -> PyTree:
         if rule is None or rule.structure is None:
             matched.append(None)
         else:
-            cells = _count_cells(rule, rule.structure, path, jnp.shape(leaf))
+            cells = _count_cells(rule, rule.structure, path, np.shape(leaf))
             ranked_together[rule] += cells if rule.scope == "rule" else 0
             matched.append(rule)
     for rule, cells in ranked_together.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import (
     DictKey,
@@ -63,7 +64,7 @@ def abstract_array(x: Any, path: str = "") -> jax.ShapeDtypeStruct:
             f"{path or 'a leaf'} is no array but {x!r}: give arrays alone; of an "
             f"Equinox model those of eqx.partition(model, eqx.is_inexact_array)"
         )
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
 
 
 def expect(value: Any, kind: type | tuple[type, ...], what: str) -> None:
@@ -152,11 +153,11 @@ def map_moments(
       params: the parameters.
       values: one for each leaf of `params`.
     """
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    shapes = [np.shape(x) for x in jax.tree.leaves(params)]
 
     def map_leaf(leaf: Any, i: int) -> Any:
         is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        mirrors = is_float and jnp.shape(leaf) == shapes[i]
+        mirrors = is_float and np.shape(leaf) == shapes[i]
         return function(leaf, values[i]) if mirrors else leaf
 
     return map_subtrees_like(map_leaf, tree, params)

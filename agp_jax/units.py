@@ -49,10 +49,10 @@ def check_couplings(couplings: Couplings, params: PyTree) -> None:
                 f"the couplings have {path!r}, which is no parameter: pass those of "
                 f"the parameters alone, such as couplings.subtree('params')"
             )
-        if jnp.shape(weights[path]) != leaf.shape:
+        if np.shape(weights[path]) != leaf.shape:
             raise ValueError(
                 f"the couplings are of {path} with shape {leaf.shape}, but it has "
-                f"shape {jnp.shape(weights[path])}. If it has been cut, make the "
+                f"shape {np.shape(weights[path])}. If it has been cut, make the "
                 f"optimizer anew: agp.prune(inner, []), or with the rules that go on "
                 f"and couplings=agp.find_couplings(thinned_function, thinned, *inputs)"
             )
@@ -151,7 +151,7 @@ def masks_of_members(
     flags: dict[str, list[jax.Array]] = defaultdict(list)
     for group, units in zip(groups, kept, strict=True):
         for member in group.members:
-            shape = jnp.shape(weights[member.path])
+            shape = np.shape(weights[member.path])
             flags[member.path].append(_along_member(member, units, shape))
     return {
         path: keep_sharding(

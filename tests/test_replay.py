@@ -79,6 +79,20 @@ def test_symbolic_shapes_are_refused():
         jax.export.export(jax.jit(THIN))(SMALL, x)
 
 
+def test_converters_may_trace_shapes(monkeypatch):
+    """They put functions of their own in the place of JAX's while they trace."""
+    for name in ("shape", "ndim", "size"):
+        of_numpy = getattr(np, name)
+        monkeypatch.setattr(jnp, name, lambda x, f=of_numpy: jnp.asarray(f(x)) + 0)
+
+    def fn(variables, x):
+        out = jax.nn.relu(jnp.tile(network(variables, x), (1, 2)))
+        return out.reshape(2, -1)[:, ::2]
+
+    thinned = jax.jit(agp.thin_function(fn, VARIABLES, cut_of(1, 4)))
+    np.testing.assert_allclose(thinned(SMALL, X), fn(FULL, X), rtol=1e-9)
+
+
 def test_a_function_inside_remat_and_with_keywords_is_thinned():
     @jax.checkpoint
     def block(params, x):

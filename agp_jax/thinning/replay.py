@@ -90,7 +90,7 @@ def thin_function(
         arrays = treedef.flatten_up_to(variables)
         full = [
             jax.ShapeDtypeStruct(
-                _whole_shape(path, jnp.shape(array), cut), jnp.result_type(array)
+                _whole_shape(path, np.shape(array), cut), jnp.result_type(array)
             )
             for path, array in zip(paths, arrays, strict=True)
         ]
@@ -218,7 +218,7 @@ def _scan(remains, equation, arrays, layer):
         return outs[:num_carry], outs[num_carry:]
 
     p, stepped = equation.params, arrays[first:]
-    length = jnp.shape(stepped[0])[0] if stepped else p["length"]
+    length = np.shape(stepped[0])[0] if stepped else p["length"]
     carry, stacked = jax.lax.scan(
         step,
         arrays[num_consts:first],
@@ -275,7 +275,7 @@ def _custom_jvp(remains, equation, arrays, layer):
         made = _run(remains, program, given, layer)
         outs, rest = made[: len(body.outputs)], iter(made[len(body.outputs) :])
         return outs, [
-            next(rest) if is_inexact(x) else np.zeros(jnp.shape(x), jax.dtypes.float0)
+            next(rest) if is_inexact(x) else np.zeros(np.shape(x), jax.dtypes.float0)
             for x in outs
         ]
 

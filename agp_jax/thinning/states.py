@@ -64,10 +64,10 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
         shape = cut.shapes[paths[i]]
         if isinstance(leaf, PackedMask):
             return thin_leaf(leaf, kept, shape, paths[i])
-        extra = jnp.ndim(leaf) - len(shape)
-        if extra >= 0 and jnp.shape(leaf)[extra:] == shape:
+        extra = np.ndim(leaf) - len(shape)
+        if extra >= 0 and np.shape(leaf)[extra:] == shape:
             return take_kept(leaf, _after(kept, extra, shape))
-        if math.prod(jnp.shape(leaf)) == 1:
+        if math.prod(np.shape(leaf)) == 1:
             return leaf
         raise ValueError(_explain_unknown(leaf, paths[i], shape))
 
@@ -78,7 +78,7 @@ def thin_opt_state(opt_state: optax.OptState, params: PyTree, cut: Cut) -> PyTre
         is_leaf=lambda x: _is_factored(x) or is_packed(x),
     )
     state = map_subtrees_like(thin_mirror, state, params, is_leaf=is_packed)
-    shapes = {p: jnp.shape(x) for p, x in zip(paths, leaves, strict=True)}
+    shapes = {p: np.shape(x) for p, x in zip(paths, leaves, strict=True)}
     state = _thin_rest(state, shapes, cut)
     return jax.tree.map(
         lambda x: x.value if isinstance(x, _Done) else x, state, is_leaf=is_packed
@@ -126,7 +126,7 @@ def _thin_rest(state: PyTree, shapes: Mapping[str, Shape], cut: Cut) -> PyTree:
 def _explain_unknown(leaf: Any, path: str, shape: Shape | None) -> str:
     known = "" if shape is None else f", whose shape is {shape}"
     return (
-        f"the optimizer keeps an array of shape {jnp.shape(leaf)} for {path}{known}, "
+        f"the optimizer keeps an array of shape {np.shape(leaf)} for {path}{known}, "
         f"and it is not known how that divides; make a new state with "
         f"optimizer.init(thin(params, cut))"
     )
@@ -165,7 +165,7 @@ def _thin_factored(
             rows[i] = columns[i] = None
             continue
         kept = cut.get(paths[i], {})
-        if kept and math.prod(jnp.shape(row)) > 1:
+        if kept and math.prod(np.shape(row)) > 1:
             shape, new_shape = cut.shapes[paths[i]], cut.thin_shape(paths[i])
             *_, smaller, larger = np.argsort(shape).tolist()
             *_, new_smaller, new_larger = np.argsort(new_shape).tolist()
@@ -184,7 +184,7 @@ def _thin_factored(
     def thin_whole(leaf: Any, i: int) -> Any:
         if paths[i] in cut.gone:
             return None
-        is_whole = jnp.shape(leaf) == cut.shapes[paths[i]]
+        is_whole = np.shape(leaf) == cut.shapes[paths[i]]
         return take_kept(leaf, cut.get(paths[i], {})) if is_whole else leaf
 
     return state._replace(

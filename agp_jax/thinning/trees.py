@@ -57,9 +57,9 @@ def thin_leaf(
 ) -> Any:
     if isinstance(leaf, PackedMask):
         return pack(thin_leaf(unpack(leaf), kept, shape, path)) if kept else leaf
-    if jnp.shape(leaf) != shape:
+    if np.shape(leaf) != shape:
         raise ValueError(
-            f"{path} has shape {jnp.shape(leaf)}, but the cut is of {shape}; has it "
+            f"{path} has shape {np.shape(leaf)}, but the cut is of {shape}; has it "
             f"been thinned already?"
         )
     return take_kept(leaf, kept)
@@ -69,7 +69,7 @@ def take_kept(leaf: Any, kept: Mapping[int, np.ndarray]) -> Any:
     """The kept indices of an array, where it is: on the host, a device or many."""
     if not kept:
         return leaf
-    shape = list(jnp.shape(leaf))
+    shape = list(np.shape(leaf))
     for axis, indices in kept.items():
         shape[axis] = indices.shape[-1]
     if isinstance(leaf, jax.ShapeDtypeStruct):
