@@ -247,7 +247,7 @@ CALLS = {
     ),
     "rule units elem": (
         lambda: agp.Rule("a", agp.element(), H, units="x"),
-        "rule 'a': units names groups of filters, channels or heads,",
+        "rule 'a': units names groups of filters, channels, heads",
     ),
     "rule units regex": (
         lambda: agp.Rule("a", agp.filters(), H, units="("),
@@ -716,13 +716,31 @@ CALLS = {
         lambda: agp.thin(agp.thin(P, CUT), CUT),
         "down/kernel has shape (6, 2), but the cut is of (8, 2); has it",
     ),
+    "functions among parameters": (
+        lambda: agp.find_couplings(f, {**P, "act": jnp.tanh}, X),
+        "act is no array but",
+    ),
+    "strings among parameters": (
+        lambda: agp.find_couplings(f, {**P, "name": "mlp"}, X),
+        "name is no array but 'mlp'",
+    ),
+    "layers without couplings": (
+        lambda: agp.make_masks(P, [agp.Rule("up/kernel", agp.layers(), H)], 0),
+        "prunes up/kernel by layers(), which only couplings know",
+    ),
+    "experts where there are none": (
+        lambda: agp.make_masks(
+            P, [agp.Rule("up/kernel", agp.experts(), H)], 0, couplings=C
+        ),
+        "but no such parts can be chosen between",
+    ),
     "thin prefix": (
         lambda: agp.thin({"params": P}, CUT),
         "the cut has no 'params/down/kernel'; it has down/kernel,",
     ),
     "thin str": (
         lambda: agp.thin("x", CUT),
-        "the cut has no ''; it has down/kernel, up/kernel, ... For a",
+        "a leaf is no array but 'x'",
     ),
     "thin opt other": (
         lambda: agp.thin_opt_state(STATE, P, M),

@@ -8,14 +8,13 @@ in one layer as in another.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from agp_jax.programs.atoms import FROZEN
 from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts, trace
 from agp_jax.programs.labels import Axis, Flow, Value
 from agp_jax.programs.propagation import propagate
-from agp_jax.trees import PyTree, abstract_array, flatten_with_paths
+from agp_jax.trees import PyTree, abstract_arrays, flatten_with_paths
 
 
 class Analysis(NamedTuple):
@@ -45,9 +44,10 @@ def analyse(
     """Labels a function's values; nothing is computed.
 
     Raises:
-      ValueError: if a size is a symbol, as in an export for any batch.
+      ValueError: if a size is a symbol, as in an export for any batch; or if a leaf is
+        no array, by its path.
     """
-    abstract, *examples = jax.tree.map(abstract_array, (variables, *inputs))
+    abstract, *examples = map(abstract_arrays, (variables, *inputs))
     paths, arrays, _ = flatten_with_paths(abstract)
     input_paths, input_arrays, _ = flatten_with_paths(examples)
     for path, x in zip(

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from agp_jax.couplings import Couplings, Group, Member
@@ -16,7 +15,7 @@ from agp_jax.programs.analyses import Analysis, analyse, even_parts, stacked_ato
 from agp_jax.programs.atoms import FROZEN
 from agp_jax.programs.branching import find_branches
 from agp_jax.programs.labels import Axis
-from agp_jax.trees import PyTree, Shape, abstract_array, expect_function
+from agp_jax.trees import PyTree, Shape, abstract_arrays, expect_function
 
 
 def find_couplings(
@@ -48,7 +47,7 @@ def find_couplings(
     clusters = _cluster(slices, parts)
     return Couplings(
         groups=_make_groups(analysis, slices, clusters, stacks, num_layers),
-        variables=jax.tree.map(abstract_array, variables),
+        variables=abstract_arrays(variables),
         frozen=_frozen_slices(analysis),
         axes=_axes_to_keep(analysis, slices, clusters),
         branches=find_branches(analysis),

@@ -78,7 +78,7 @@ def thin_function(
     )
     expect_cut(cut)
     paths, leaves, treedef = flatten_with_paths(variables)
-    _check_paths(paths, [abstract_array(x) for x in leaves], cut)
+    _check_paths(paths, list(map(abstract_array, leaves, paths)), cut)
     if cut.gone:
         return thin_function(*without_leaves(fn, variables, cut))
     known: dict[Any, Remains] = {}
