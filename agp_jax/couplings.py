@@ -6,6 +6,7 @@ Units that live in the same slices of the same leaves form a group.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from agp_jax.trees import (
     Shape,
     expect,
     flatten_with_paths,
+    name_together,
     subtree_at,
     unflatten_around,
 )
@@ -97,6 +99,38 @@ class Group:
         return "\n".join(lines)
 
 
+def _summary(group: Group, others: Sequence[Group]) -> str:
+    """A group in a line, without its name."""
+    stack = f"{group.num_layers} x " if group.num_layers else ""
+    chosen = f", {group.num_chosen} chosen at a time" if group.num_chosen else ""
+    leaves = len({member.path for member in group.members})
+    exact = "exact" if group.exact else f"not exact ({group.inexact})"
+    kind = _kind(group, others)
+    return f"{stack}{group.num_units} {kind}{chosen}, in {leaves} leaves, {exact}"
+
+
+def _kind(group: Group, others: Sequence[Group]) -> str:
+    """What its units most likely are, to go by where they live."""
+    if group.is_stack:
+        return "layers"
+    if group.num_chosen:
+        return "experts"
+    made = {m.path: m for m in group.members if m.role == "out"}
+    read = {m.path for m in group.members if m.role == "in"}
+    for member in made.values():
+        runs = np.diff(np.sort(member.indices, axis=1), axis=1)
+        if runs.size:
+            return "heads" if (runs == 1).all() else "features of heads"
+    for other in others:  # what makes two axes that can be cut makes heads
+        for member in other.members if other is not group else ():
+            mine = made.get(member.path)
+            if mine and member.role == "out" and member.axis != mine.axis:
+                return "heads" if mine.axis < member.axis else "features of heads"
+    if len(made) > 1 and len(read) > 1:
+        return "channels of a stream"
+    return "hidden units"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Branch:
     """What is added to a stream, and adds nothing once its leaves are zero.
@@ -146,6 +180,31 @@ class Couplings:
     branches: tuple[Branch, ...] = ()
 
     def __str__(self) -> str:
+        """A line for each group, equal ones in one; `table()` has all of it."""
+        found = [(group.name, _summary(group, self.groups)) for group in self.groups]
+        found += [
+            (f"branch {branch.name}", f"{len(branch.leaves)} leaves")
+            for branch in self.branches
+        ]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name, said in found:
+            alike.setdefault((re.sub(r"\d+", "#", name), said), []).append(name)
+        lines = [
+            f"{name}: {said}"
+            for (_, said), names in alike.items()
+            for name, _ in name_together(names)
+        ]
+        leaves = len({path for path, _ in self.frozen})
+        return "\n".join(
+            [
+                *(lines or ["nothing can be cut"]),
+                f"fixed: {len(self.frozen)} axes of {leaves} leaves, in part or whole; "
+                f"table() says why",
+            ]
+        )
+
+    def table(self) -> str:
+        """All groups with their members, all branches, and what is fixed and why."""
         lines = [str(group) for group in self.groups]
         lines += [
             f"branch {branch.name}: {len(branch.leaves)} leaves"

@@ -24,7 +24,14 @@ from agp_jax.rules import Rule, checked_rules, match_rules
 from agp_jax.structures import num_cells
 from agp_jax.thinning.cuts import cut_units
 from agp_jax.thinning.replay import thin_function
-from agp_jax.trees import PyTree, Shape, abstract_array, expect, flatten_with_paths
+from agp_jax.trees import (
+    PyTree,
+    Shape,
+    abstract_array,
+    expect,
+    flatten_with_paths,
+    name_together,
+)
 from agp_jax.units import RankedGroup, rank_groups
 
 
@@ -329,31 +336,3 @@ def _equal_tensors(
         by_path = {tensor.path: tensor for tensor in group}
         for name, paths in name_together(list(by_path)):
             yield name, [by_path[path] for path in paths]
-
-
-def name_together(paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Names for runs of paths that differ in numbers alone.
-
-    >>> list(name_together(["a1/b0", "a1/b1", "a2/b0", "a2/b1"]))
-    [('a[1-2]/b[0-1]', ['a1/b0', 'a1/b1', 'a2/b0', 'a2/b1'])]
-    """
-    numbers = [re.findall(r"\d+", path) for path in paths]
-    columns = [sorted({*column}, key=int) for column in zip(*numbers, strict=True)]
-    if math.prod(map(len, columns)) == len(paths):
-        spelled = iter([_spell(column) for column in columns])
-        yield re.sub(r"\d+", lambda _: next(spelled), paths[0]), list(paths)
-        return
-    place = next(i for i, column in enumerate(columns) if len(column) > 1)
-    for value in columns[place]:
-        part = [p for p, n in zip(paths, numbers, strict=True) if n[place] == value]
-        yield from name_together(part)
-
-
-def _spell(numbers: Sequence[str]) -> str:
-    """A number, a range or a list of them."""
-    first, last = numbers[0], numbers[-1]
-    if len(numbers) == 1:
-        return first
-    if int(last) - int(first) == len(numbers) - 1:
-        return f"[{first}-{last}]"
-    return f"[{','.join(numbers)}]"

@@ -5,7 +5,9 @@ The core sees a model as a tree of arrays whose leaves have path strings such as
 dataclasses.
 """
 
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -114,6 +116,34 @@ def unflatten_around(
         else jax.tree.unflatten(jax.tree.structure(place), [leaf])
         for place, leaf in zip(places, leaves, strict=True)
     )
+
+
+def name_together(paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Names for runs of paths that differ in numbers alone.
+
+    >>> list(name_together(["a1/b0", "a1/b1", "a2/b0", "a2/b1"]))
+    [('a[1-2]/b[0-1]', ['a1/b0', 'a1/b1', 'a2/b0', 'a2/b1'])]
+    """
+    numbers = [re.findall(r"\d+", path) for path in paths]
+    columns = [sorted({*column}, key=int) for column in zip(*numbers, strict=True)]
+    if math.prod(map(len, columns)) == len(paths):
+        spelled = iter([_spell(column) for column in columns])
+        yield re.sub(r"\d+", lambda _: next(spelled), paths[0]), list(paths)
+        return
+    place = next(i for i, column in enumerate(columns) if len(column) > 1)
+    for value in columns[place]:
+        part = [p for p, n in zip(paths, numbers, strict=True) if n[place] == value]
+        yield from name_together(part)
+
+
+def _spell(numbers: Sequence[str]) -> str:
+    """A number, a range or a list of them."""
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) == 1:
+        return first
+    if int(last) - int(first) == len(numbers) - 1:
+        return f"[{first}-{last}]"
+    return f"[{','.join(numbers)}]"
 
 
 def leaves_of(tree: PyTree | None, paths: Sequence[str], what: str) -> list[Any]:

@@ -27,7 +27,7 @@ from agp_jax.trees import flatten_with_paths
 
 def test_printing_shows_groups_and_what_is_fixed():
     couplings = agp.find_couplings(perceptron, PERCEPTRON, shaped(1, 3))
-    lines = str(couplings).splitlines()
+    lines = couplings.table().splitlines()
     assert lines[:4] == [
         "up[1]: 5 units, exact",
         "    each bias[0]",
@@ -40,6 +40,26 @@ def test_printing_shows_groups_and_what_is_fixed():
     ]
     heads = agp.find_couplings(attention, ATTENTION, shaped(2, 5, 6)).groups[0]
     assert "    out  qkv[1] x 12" in str(heads).splitlines()
+
+
+def test_printing_couplings_names_what_units_are_and_joins_equal_blocks():
+    def network(params, x):
+        for block in params.values():
+            queries, keys, values = jnp.einsum("td,cdhf->cthf", x, block["qkv"])
+            scores = jax.nn.softmax(jnp.einsum("qhf,khf->hqk", queries, keys))
+            x += jnp.einsum("hqk,khf,hfd->qd", scores, values, block["out"])
+            x += jnp.maximum(x @ block["up"], 0) @ block["down"]
+        return x @ jnp.ones((8, 2))
+
+    shapes = dict(qkv=(3, 8, 4, 2), out=(4, 2, 8), up=(8, 16), down=(16, 8))
+    block = {name: shaped(*shape) for name, shape in shapes.items()}
+    params = {f"block{i}": block for i in range(3)}
+    text = str(agp.find_couplings(network, params, shaped(5, 8)))
+    lines = text.splitlines()
+    assert "block[0-2]/qkv[2]: 4 heads, in 2 leaves, exact" in lines
+    assert "block[0-2]/qkv[3]: 2 features of heads, in 2 leaves, exact" in lines
+    assert "block[0-2]/up[1]: 16 hidden units, in 2 leaves, exact" in lines
+    assert len(lines) < 12
 
 
 # Masks

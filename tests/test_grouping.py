@@ -153,7 +153,7 @@ def test_stacked_layers_have_units_of_their_own():
     assert couplings["layers/up[2]"].num_layers == 3
     assert couplings["layers/down[0]"].is_stack
     assert couplings["layers/down[2]"].num_layers is None
-    assert "layers/up[2]: 3 x 5 units, exact" in str(couplings)
+    assert "layers/up[2]: 3 x 5 units, exact" in couplings.table()
 
 
 # What cannot be removed, or not exactly

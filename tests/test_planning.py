@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import agp_jax as agp
-from agp_jax.planning import name_together
 from agp_jax.trees import flatten_with_paths
 
 SCHEDULE = agp.polynomial_schedule(0.7, begin_step=0, end_step=6, frequency=3)
@@ -88,16 +87,6 @@ def test_equal_tensors_share_a_line_of_eighty_columns():
     (row,) = [line for line in text.splitlines() if line.startswith("stage")]
     assert row.split() == "stage[1-2]/block[0-2]/kernel 6 x 2x4 18 62.50% 0".split()
     assert max(map(len, text.splitlines())) <= 80
-
-
-def test_names_are_shared_by_whole_products_alone():
-    paths = ["a1/b1", "a1/b2", "a2/b1", "a3/b1", "c"]
-    named = list(name_together(paths[:4]))
-    assert [name for name, _ in named] == ["a1/b[1-2]", "a2/b1", "a3/b1"]
-    assert sorted(path for _, held in named for path in held) == paths[:4]
-    assert list(name_together(["w2", "w10", "w4"])) == [
-        ("w[2,4,10]", ["w2", "w10", "w4"])
-    ]
 
 
 def test_a_plan_of_seven_billion_weights_needs_none():

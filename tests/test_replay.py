@@ -822,7 +822,7 @@ def test_as_many_experts_stay_as_are_chosen():
 
     params = draw(EXPERTS)
     couplings = agp.find_couplings(fn, params, X)
-    assert "4 units, 2 chosen at a time, exact" in str(couplings)
+    assert "4 units, 2 chosen at a time, exact" in couplings.table()
     masks = couplings.masks({"router[1]": [0, 2, 3]})
     cut = agp.plan_cut(masks, couplings)
     assert cut.thin_shape("router") == (5, 2)

@@ -18,6 +18,7 @@ from agp_jax.trees import (
     leaves_of,
     map_children,
     map_moments,
+    name_together,
     path_string,
     unflatten_around,
 )
@@ -356,3 +357,13 @@ def test_children_are_what_a_node_holds_directly():
     leaf = jnp.ones(2)
     assert map_children(lambda x: None, leaf) is leaf
     assert map_children(lambda x: 1, ()) == ()
+
+
+def test_names_are_shared_by_whole_products_alone():
+    paths = ["a1/b1", "a1/b2", "a2/b1", "a3/b1", "c"]
+    named = list(name_together(paths[:4]))
+    assert [name for name, _ in named] == ["a1/b[1-2]", "a2/b1", "a3/b1"]
+    assert sorted(path for _, held in named for path in held) == paths[:4]
+    assert list(name_together(["w2", "w10", "w4"])) == [
+        ("w[2,4,10]", ["w2", "w10", "w4"])
+    ]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from agp_jax.trees import name_together
+
 _GAP = "  "
 
 
@@ -74,25 +76,12 @@ def group_rows(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     >>> group_rows([["block0/conv", "8"], ["block1/conv", "8"], ["head", "2"]])
     [['block[0-1]/conv', '8'], ['head', '2']]
     """
-    split = [(tuple(re.split(r"(\d+)", name)), tuple(cells)) for name, *cells in rows]
-    for place in range(1, max((len(parts) for parts, _ in split), default=0), 2):
-        groups: dict[tuple, list[str]] = {}
-        for parts, cells in split:
-            around = parts[:place], parts[place + 1 :], cells
-            groups.setdefault(around, []).extend(parts[place : place + 1])
-        split = [
-            (head + ((_join(numbers),) if numbers else ()) + tail, cells)
-            for (head, tail, cells), numbers in groups.items()
-        ]
-    return [["".join(parts), *cells] for parts, cells in split]
-
-
-def _join(numbers: Sequence[str]) -> str:
-    """`3`, `[1-5]` or `[0,2]`."""
-    if len(numbers) == 1:
-        return numbers[0]
-    ordered = sorted(numbers, key=int)
-    first, last = int(ordered[0]), int(ordered[-1])
-    if last - first == len(ordered) - 1:
-        return f"[{ordered[0]}-{ordered[-1]}]"
-    return f"[{','.join(ordered)}]"
+    alike: dict[tuple, list[str]] = {}
+    for name, *cells in rows:
+        key = re.sub(r"\d+", "#", name), *cells
+        alike.setdefault(key, []).append(name)
+    return [
+        [name, *cells]
+        for (_, *cells), names in alike.items()
+        for name, _ in name_together(names)
+    ]
