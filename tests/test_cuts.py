@@ -240,3 +240,31 @@ def test_a_later_cut_of_other_shapes_raises():
         first.then(cut_of(2))
     with pytest.raises(ValueError, match="this cut has no such path"):
         first.then(stacked_cut())
+
+
+def squash(params, x):
+    return jax.nn.softmax(x @ params["up"]) @ params["down"]
+
+
+def activate(params, x):
+    return jnp.maximum(x @ params["up"] + params["bias"], 0) @ params["down"]
+
+
+@pytest.mark.parametrize(
+    ("network", "keeper"),
+    [(activate, r"down keeps its part .*couplings="), (squash, r"inexact=True")],
+)
+def test_an_empty_cut_says_what_keeps_units_alive(network, keeper):
+    params = {
+        "up": jnp.ones((4, 8)),
+        "bias": jnp.ones((1, 8)),
+        "down": jnp.ones((8, 2)),
+    }
+    couplings = agp.find_couplings(network, params, jnp.ones((1, 4)))
+    rules = [agp.Rule("up", agp.filters(), agp.one_shot(0.5))]
+    masks = agp.make_masks(params, rules, 0)
+    with pytest.warns(
+        UserWarning, match=rf"nothing is cut: .* 4 units of up.*{keeper}"
+    ):
+        cut = agp.plan_cut(masks, couplings)
+    assert not cut and str(cut) == "nothing is cut"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
             f"{path}: {self.shapes[path]} -> {self.thin_shape(path)}" for path in self
         ]
         lines += [f"{path}: {self.shapes[path]} -> gone" for path in self.gone]
-        return "\n".join(lines)
+        return "\n".join(lines) or "nothing is cut"
 
     def thin_shape(self, path: str) -> Shape:
         """The shape of a leaf after the cut.
@@ -235,7 +236,45 @@ def plan_cut(
         if _is_dead(branch, known) and (inexact or branch.inexact is None)
         for path in branch.leaves
     }
-    return cut_units(couplings, dead, gone)
+    cut = cut_units(couplings, dead, gone)
+    if not cut and (why := _why_nothing(couplings, known)):
+        warnings.warn(f"nothing is cut: {why}", stacklevel=2)
+    return cut
+
+
+def _why_nothing(couplings: Couplings, masks: Mapping[str, Any]) -> str | None:
+    """What keeps units whose makers are masked, and what to do; None if none are."""
+    for group in couplings.groups:
+        made = _dead_units(group, masks, close=True)
+        if not made.any() or made.all():
+            continue
+        subject = f"the masks remove {int(made.sum())} units of {group.name}, "
+        if not group.exact:
+            return (
+                f"{subject}but a model without them is another one "
+                f"({group.inexact}); plan_cut(inexact=True) cuts them nevertheless"
+            )
+        keeper = next(
+            (
+                member.path
+                for member in group.members
+                if (member.is_needed or member.path in masks)
+                and not (made & _dead_units(_alone(group, member), masks, False)).any()
+            ),
+            None,
+        )
+        if keeper:
+            return (
+                f"{subject}but {keeper} keeps its part of them. Prune with "
+                f"couplings=, so that masks cover whole units, or "
+                f"plan_cut(close=True) cuts them; check_cut tells what that changes"
+            )
+    return None
+
+
+def _alone(group: Group, member: Member) -> Group:
+    """The group as if its units lived in one leaf."""
+    return dataclasses.replace(group, members=(member,))
 
 
 def _is_dead(branch: Branch, masks: Mapping[str, Any]) -> bool:
