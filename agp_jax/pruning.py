@@ -90,7 +90,8 @@ def prune(
 
     Raises:
       ValueError: when `init` or `update` is called or traced: as `match_rules` does,
-        if `params` is missing, or if a rule ranks by gradients at step 0; by `init`,
+        if `params` is missing or of another structure than the gradients, or if a rule
+        ranks by gradients at step 0; by `init`,
         if the parameters hold what is no array and `inner` wants one; by `update`, if
         parameters, masks or couplings have been cut and others of them have not.
 
@@ -294,8 +295,10 @@ def _without_idle_leaves(params: PyTree, updates: PyTree) -> PyTree:
         )
         other = sorted(found ^ own)
         raise ValueError(
-            "the gradients and the parameters are not of one structure"
-            + (f": only one of them has {other[0]}" if other else "")
+            "prune needs gradients in a tree like the parameters"
+            + (f", but only one of them has {other[0]}" if other else "")
+            + ". Pass gradients of all that `params` holds. Where an optimizer takes "
+            "others, as optax.lookahead does, prune inside of it and mask its averages"
         ) from None
 
 

@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
+from optax import contrib
 
 import agp_jax as agp
 
@@ -410,3 +411,62 @@ def test_models_with_batch_statistics_prune_their_parameters_alone():
         "conv/kernel",
         "total",
     ]
+
+
+CONTRIB = {
+    "muon": contrib.muon(0.01),
+    "prodigy": contrib.prodigy(),
+    "sam": contrib.sam(
+        optax.sgd(0.05), optax.sgd(0.05), sync_period=2, opaque_mode=False
+    ),
+    "flatten": optax.flatten(optax.adam(0.01)),
+}
+
+
+@pytest.mark.parametrize("inner", CONTRIB.values(), ids=CONTRIB)
+def test_optimizers_with_states_of_their_own_kind_are_traced_once(inner):
+    params, traces = draw_weights(), []
+    tx = agp.prune(inner, [agp.Rule(".*kernel", agp.element(), CURVE)])
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        traces.append(None)
+        call = lambda p: loss(predict(p["first"], p["second"]))  # noqa: E731
+        updates, state = tx.update(jax.grad(call)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for t in range(1, NUM_STEPS + 1):
+        params, state = step(params, state)
+        masks = agp.get_masks(state)
+        assert (agp.sparsity(masks)["total"] > 0) == (t > 2)
+        for name, layer in params.items():
+            assert not np.any(layer["kernel"][~masks[name]["kernel"]])
+            assert np.isfinite(layer["kernel"]).all()
+    assert len(traces) == 1
+
+
+def test_averages_in_the_parameters_are_masked_by_the_loop():
+    rules = [agp.Rule(".*kernel", agp.element(), CURVE)]
+    call = lambda p: loss(predict(p["first"], p["second"]))  # noqa: E731
+
+    def train(tx, num_steps, params):
+        params = optax.LookaheadParams.init_synced(params)
+        state = tx.init(params)
+        for _ in range(num_steps):
+            gradients = jax.grad(call)(params.fast)
+            updates, state = tx.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+            masks = agp.get_masks(state)
+            both = (agp.apply_masks(x, masks) for x in (params.fast, params.slow))
+            params = optax.LookaheadParams(*both)
+        return params, masks
+
+    tx = optax.lookahead(agp.prune(optax.sgd(0.05), rules), 2, 0.5)
+    params, masks = train(tx, 5, draw_weights())
+    kept = masks["first"]["kernel"]
+    assert int(kept.sum()) == 32 - 22
+    assert not np.any(params.fast["first"]["kernel"][~kept])
+    around = agp.prune(optax.lookahead(optax.sgd(0.05), 2, 0.5), rules)
+    with pytest.raises(ValueError, match="gradients in a tree like the parameters"):
+        train(around, 1, draw_weights())
