@@ -91,9 +91,9 @@ def prune(
     Raises:
       ValueError: when `init` or `update` is called or traced: as `match_rules` does,
         if `params` is missing or of another structure than the gradients, or if a rule
-        ranks by gradients at step 0; by `init`,
-        if the parameters hold what is no array and `inner` wants one; by `update`, if
-        parameters, masks or couplings have been cut and others of them have not.
+        ranks by gradients at step 0; by `init`, if the parameters hold what is no array
+        and `inner` wants one; by `update`, if parameters, masks or couplings have been
+        cut and others of them have not.
 
     >>> import agp_jax as agp
     >>> rules = [agp.Rule("kernel", agp.element(), agp.one_shot(0.5, step=1))]

@@ -590,7 +590,7 @@ CALLS = {
     ),
     "update other grads": (
         lambda: TX.update({"a": jnp.ones(3)}, STATE, P),
-        "the gradients and the parameters are not of one structure: only",
+        "prune needs gradients in a tree like the parameters, but only one",
     ),
     "update other state": (
         lambda: TX.update(G, optax.sgd(0.1).init(P), P),
