@@ -72,11 +72,88 @@ def test_a_thinned_function_can_be_exported():
     np.testing.assert_allclose(back.call(SMALL, X), network(FULL, X), rtol=1e-9)
 
 
-def test_symbolic_shapes_are_refused():
+with jax.enable_x64(True):
+    SEQUENCES = draw({"up": (5, 6), "down": (6, 5), "first": (1, 1, 5), "bias": (6,)})
+
+
+def with_a_first_row(params, x):
+    rows = jnp.stack([x, 2 * x, jnp.sin(x)], 1)
+    first = jnp.broadcast_to(params["first"], (x.shape[0], 1, 5))
+    rows = jnp.concatenate([first, rows], 1)
+    hidden = jnp.tanh(rows.reshape(-1, 5) @ params["up"] + params["bias"][None])
+    hidden = jnp.pad(hidden.reshape(x.shape[0], 4, 6), ((0, 0), (1, 1), (0, 0)))
+    hidden = hidden[:, 2:-1, ::-1][..., ::-1].reshape(x.shape[0], -1)
+    return hidden @ jnp.tile(params["down"], (3, 1))
+
+
+def less_the_mean_of_the_batch(params, x):
+    hidden = jnp.tile(x @ params["up"], (2, 1))
+    hidden = (hidden - hidden.mean(0, keepdims=True))[: x.shape[0]]
+    return jnp.concatenate([hidden, -hidden]) @ params["down"]
+
+
+def step_by_step(params, x):
+    def step(carry, now):
+        carry = jnp.tanh(now @ params["up"] + carry * params["bias"][None])
+        return carry, carry
+
+    start = jnp.zeros((x.shape[0], 6))
+    _, hidden = lax.scan(step, start, jnp.stack([x, -x, x]))
+    return jnp.sort(hidden[-1], axis=0) @ params["down"]
+
+
+def row_by_row(params, x):
+    return lax.map(lambda row: jnp.tanh(row @ params["up"]) @ params["down"], x)
+
+
+def by_places_in_the_batch(params, x):
+    hidden = jnp.tanh(x @ params["up"]) * jnp.arange(x.shape[0])[:, None]
+    hidden = hidden + params["bias"][None] * jnp.ones(x.shape[0])[:, None]
+    largest = lax.dynamic_slice_in_dim(hidden, jnp.argmax(x[:, 0]), 1)
+    _, places = lax.top_k(x[:, 1], 1)
+    same = hidden[jnp.zeros(x.shape[0], int)]
+    return (largest + hidden[places] + same) @ params["down"]
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        with_a_first_row,
+        less_the_mean_of_the_batch,
+        step_by_step,
+        row_by_row,
+        by_places_in_the_batch,
+    ],
+)
+def test_a_thinned_function_can_be_exported_for_any_batch(fn):
+    couplings = agp.find_couplings(fn, SEQUENCES, X)
+    masks = couplings.masks({"up[1]": [0, 3, 4]})
+    cut = agp.plan_cut(masks, couplings)
+    full, small, thin_fn = thinned_pair(fn, SEQUENCES, cut, masks)
     (batch,) = jax.export.symbolic_shape("batch")
     x = jax.ShapeDtypeStruct((batch, 5), jnp.float64)
-    with pytest.raises(ValueError, match=r"symbolic shape \(batch, 5\); export for"):
-        jax.export.export(jax.jit(THIN))(SMALL, x)
+    exported = jax.export.export(jax.jit(thin_fn))(small, x)
+    for size in (1, 3, 8):
+        x = draw((size, 5), seed=size)
+        np.testing.assert_allclose(exported.call(small, x), fn(full, x), rtol=1e-9)
+
+
+def test_what_is_merged_with_a_symbolic_size_cannot_be_cut():
+    def fn(params, x):
+        hidden = (x @ params["up"]).reshape(-1, 3)  # two heads of each row
+        return jnp.tanh(hidden).reshape(x.shape[0], 6) @ params["down"]
+
+    couplings = agp.find_couplings(fn, SEQUENCES, X)
+    (heads,) = (group for group in couplings.groups if group.num_units == 2)
+    cut = agp.plan_cut(couplings.masks({heads.name: [0]}), couplings)
+    thin_fn, small = agp.thin_function(fn, SEQUENCES, cut), agp.thin(SEQUENCES, cut)
+    assert thin_fn(small, X).shape == (4, 5)
+    (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 5), jnp.float64)
+    with pytest.raises(
+        ValueError, match=r"it cannot be removed because of \w+ at .*py"
+    ):
+        jax.eval_shape(thin_fn, small, x)
 
 
 def test_converters_may_trace_shapes(monkeypatch):
@@ -312,6 +389,20 @@ def test_features_are_picked_by_known_indices_of_two_axes(picks):
     couplings = agp.find_couplings(fn, params, X)
     for group in couplings.groups:
         assert_equal_when_cut(fn, params, X, removed={group.name: [1]})
+
+
+def test_features_are_picked_from_a_window_of_positions():
+    """JAX makes one gather of both."""
+
+    def fn(params, x):
+        rows = jnp.stack([x, 2 * x, jnp.sin(x)], 1)
+        hidden = jnp.tanh(rows @ params["up"])[:, 1:, np.array([5, 0, 2, 3])]
+        return hidden.sum(1) @ params["out"]
+
+    params = draw({"up": (5, 6), "out": (4, 3)})
+    couplings = agp.find_couplings(fn, params, X)
+    assert [group.num_units for group in couplings.groups] == [4]
+    assert_equal_when_cut(fn, params, X, removed={"up[1]": [0, 3]})
 
 
 def test_known_indices_of_two_axes_at_once_pick_pairs():

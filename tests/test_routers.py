@@ -113,6 +113,26 @@ def test_what_is_masked_is_what_will_be_cut(name):
     assert np.abs(bare - expected).max() > 1e-3  # zeros alone are something else
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen"])
+def test_experts_are_cut_from_what_is_exported_for_any_batch(name):
+    fn, params = MODELS[name]
+    wrapped = agp.without_experts(fn, "router")
+    couplings = agp.find_couplings(wrapped, params, X)
+    (group,) = (g for g in couplings.groups if g.num_chosen)
+    masks = couplings.masks({group.name: [0, 2]})
+    cut = agp.plan_cut(masks, couplings)
+    masked = agp.apply_masks(params, masks)
+    (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 6), X.dtype)
+    for function, variables in (
+        (agp.thin_function(fn, params, cut), agp.thin(masked, cut)),
+        (wrapped, masked),
+    ):
+        exported = jax.export.export(jax.jit(function))(variables, x)
+        found = exported.call(variables, X)
+        np.testing.assert_allclose(found, wrapped(masked, X), rtol=2e-5, atol=1e-6)
+
+
 def test_a_function_without_masked_experts_is_itself():
     wrapped = agp.without_experts(mixtral, "router")
     np.testing.assert_allclose(wrapped(PARAMS, X), mixtral(PARAMS, X), rtol=1e-6)

@@ -12,7 +12,7 @@ import numpy as np
 
 from agp_jax.programs.atoms import FROZEN
 from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts, trace
-from agp_jax.programs.labels import Axis, Flow, Value
+from agp_jax.programs.labels import Axis, Flow, Value, are_numbers
 from agp_jax.programs.propagation import propagate
 from agp_jax.trees import PyTree, abstract_arrays, flatten_with_paths
 
@@ -44,27 +44,16 @@ def analyse(
     """Labels a function's values; nothing is computed.
 
     Raises:
-      ValueError: if a size is a symbol, as in an export for any batch; or if a leaf is
-        no array, by its path.
+      ValueError: if a leaf is no array, by its path.
     """
     abstract, *examples = map(abstract_arrays, (variables, *inputs))
     paths, arrays, _ = flatten_with_paths(abstract)
-    input_paths, input_arrays, _ = flatten_with_paths(examples)
-    for path, x in zip(
-        [*paths, *(f"input {path}" for path in input_paths)],
-        [*arrays, *input_arrays],
-        strict=True,
-    ):
-        if not all(isinstance(size, int | np.integer) for size in x.shape):
-            raise ValueError(
-                f"couplings are found index by index, but {path} has the symbolic "
-                f"shape {x.shape}; export for known sizes, one at a time"
-            )
+    input_paths, _, _ = flatten_with_paths(examples)
     program, out = trace(fn, abstract, *examples)
     flow = Flow()
     leaves = [
         tuple(
-            Axis(flow.fresh(size).atoms, frozenset({(i, k)}), frozenset({i}))
+            flow.fresh(size).relabel(frozenset({(i, k)}), frozenset({i}))
             for k, size in enumerate(x.shape)
         )
         for i, x in enumerate(arrays)
@@ -93,7 +82,7 @@ def stacked_atoms(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
     stacks = np.zeros(flow.atoms.size, np.int32)
     num_layers = [0]
     for equation in analysis.program.equations:
-        if equation.name == "scan":
+        if equation.name == "scan" and are_numbers(equation.params["length"]):
             members = _stacked_leaves(analysis, equation)
             inside = _atoms_of(flow, (analysis.leaves[i][1:] for i in members))
             outside = _atoms_of(flow, _axes_outside(analysis, equation, members))

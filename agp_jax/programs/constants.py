@@ -1,11 +1,13 @@
 """Constants: values that are known when tracing, such as tables of indices."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
 from agp_jax.programs.elementwise import ELEMENTWISE
 from agp_jax.programs.jaxprs import Equation, Variable, bind
-from agp_jax.programs.labels import Flow
+from agp_jax.programs.labels import Flow, are_numbers
 
 # Indices are worked out when tracing if they have at most this many entries.
 _MAX_KNOWN = 2**20
@@ -26,35 +28,56 @@ _KNOWABLE = ELEMENTWISE | {
 }
 
 
-def known_picks(flow: Flow, equation: Equation) -> np.ndarray | None:
-    """What a gather picks of the axes that it collapses, if known when tracing.
+class Picks(NamedTuple):
+    """What a gather takes of its operand, where that is known when tracing.
 
-    Places in these axes, flattened: an array shaped like the output's axes that the
-    indices make.
+    Attributes:
+      places: in the axes that it collapses, flattened: an array shaped like the
+        output's axes that the indices make.
+      starts: where its window begins along axes that it does not collapse; along those
+        that are not among them it is the whole axis.
     """
+
+    places: np.ndarray
+    starts: dict[int, int]
+
+
+def known_picks(flow: Flow, equation: Equation) -> Picks | None:
+    """What a gather takes, if its indices are known and all windows begin at one."""
     numbers, sizes = (
         equation.params["dimension_numbers"],
         equation.params["slice_sizes"],
     )
     operand, axes = equation.inputs[0].shape, numbers.collapsed_slice_dims
-    if not axes or tuple(sorted(numbers.start_index_map)) != tuple(axes):
+    looked_up = numbers.start_index_map
+    if not set(axes) <= set(looked_up) or numbers.operand_batching_dims:
         return None
-    one = tuple(1 if i in axes else size for i, size in enumerate(operand))
-    if tuple(sizes) != one or numbers.operand_batching_dims:
+    if not are_numbers(*(size for i in looked_up for size in (operand[i], sizes[i]))):
+        return None
+    rest = [i for i in range(len(operand)) if i not in looked_up]
+    if any(sizes[i] != operand[i] for i in rest) or any(sizes[i] != 1 for i in axes):
         return None
     indices = known_value(flow, equation.inputs[1])
-    if indices is None or indices.ndim < 2 or indices.size == 0:
+    if indices is None or indices.size == 0:
         return None
-    columns = [indices[..., numbers.start_index_map.index(axis)] for axis in axes]
+    of_axis = {axis: indices[..., k] for k, axis in enumerate(looked_up)}
+    for axis, found in of_axis.items():
+        if found.min() < 0 or found.max() + sizes[axis] > operand[axis]:
+            return None
+        if axis not in axes and found.min() < found.max():
+            return None
+    starts = {i: int(x.flat[0]) for i, x in of_axis.items() if i not in axes}
+    if not axes:
+        return Picks(np.zeros(indices.shape[:-1], int), starts)
     shape = [operand[axis] for axis in axes]
-    if any(c.min() < 0 or c.max() >= n for c, n in zip(columns, shape, strict=True)):
-        return None
-    return np.ravel_multi_index(columns, shape)
+    return Picks(np.ravel_multi_index([of_axis[axis] for axis in axes], shape), starts)
 
 
 def known_value(flow: Flow, variable: Variable) -> np.ndarray | None:
     """The value of an integer variable that depends on constants alone, else None."""
     variable = flow.origin(variable)
+    if not are_numbers(*variable.shape):
+        return None
     if variable.constant is not None:
         return np.broadcast_to(variable.constant, variable.shape)
     maker = flow.makers.get(variable)

@@ -107,7 +107,7 @@ def elementwise(
             other = _compared(flow, equation, ins, i)
         if other is not None and other.number == 0:
             zeros, other = other.leaves, None
-        result.append(Axis(axes[0].atoms, continued(axes), zeros, other))
+        result.append(axes[0].relabel(continued(axes), zeros, other))
     return [result]
 
 

@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from agp_jax.programs.atoms import FROZEN, Atoms
@@ -42,16 +43,28 @@ class Axis:
         the value need not be zero there.
       other: what else the value holds at every removed index, if that is known; such
         as minus infinity, of which a maximum takes no notice.
+      symbol: its size, where that is a symbol of `jax.export` and no number. No index
+        can be told from another then: one frozen atom stands for all.
     """
 
     atoms: np.ndarray
     leaves: frozenset[tuple[int, int]] = frozenset()
     zeros: frozenset[int] | None = None
     other: Held | None = None
+    symbol: Any = None
 
     @property
     def size(self) -> int:
-        return len(self.atoms)
+        return len(self.atoms) if self.symbol is None else self.symbol
+
+    def relabel(
+        self,
+        leaves: frozenset[tuple[int, int]] = frozenset(),
+        zeros: frozenset[int] | None = None,
+        other: Held | None = None,
+    ) -> "Axis":
+        """The same indices, of another value."""
+        return Axis(self.atoms, leaves, zeros, other, self.symbol)
 
     @property
     def held(self) -> Held | None:
@@ -158,20 +171,20 @@ class Flow:
 
     def fresh(self, size: int, zeros: frozenset[int] | None = None) -> Axis:
         """An axis tied to nothing yet."""
-        if size < 2:
+        if not are_numbers(size) or size < 2:
             return self.fixed(size)
         return Axis(self.atoms.fresh(size), zeros=zeros)
 
     def fixed(self, size: int) -> Axis:
         """An axis that cannot shrink."""
         if size not in self._fixed:
-            self._fixed[size] = Axis(np.full(size, FROZEN, np.int32))
+            self._fixed[size] = _axis_of(FROZEN, size)
         return self._fixed[size]
 
     def fixed_because(self, size: int, reason: str) -> Axis:
         """An axis that cannot shrink, nor what it is tied to, for a reason."""
         atom = self.atoms.fresh_frozen(self._number(reason))
-        return Axis(np.full(size, atom, np.int32))
+        return _axis_of(atom, size)
 
     def freeze(self, *axes: Axis) -> None:
         """Keeps axes from shrinking, for the present reason."""
@@ -219,6 +232,18 @@ class Flow:
 # What a primitive ties, hands on or freezes: a function of the labels so far, of the
 # equation and of the values it reads, which gives the axes of each output.
 LabelRule = Callable[[Flow, Equation, Sequence[Value]], list[list[Axis]]]
+
+
+def are_numbers(*sizes: Any) -> bool:
+    """Whether none of the sizes is a symbol, as in an export for any batch."""
+    return all(isinstance(size, int | np.integer) for size in sizes)
+
+
+def _axis_of(atom: int, size: int) -> Axis:
+    """An axis of one atom over and over."""
+    if are_numbers(size):
+        return Axis(np.full(size, atom, np.int32))
+    return Axis(np.full(1, atom, np.int32), symbol=size)
 
 
 def all_zeros(axes: Sequence[Axis]) -> frozenset[int] | None:
@@ -287,6 +312,9 @@ def merge(flow: Flow, axes: Sequence[Axis]) -> Axis:
     if len(axes) == 1:
         return axes[0]
     shape = tuple(axis.size for axis in axes)
+    if not are_numbers(*shape):
+        flow.freeze(*axes)
+        return flow.fixed(math.prod(shape))
     columns = [
         np.broadcast_to(_along(axis.atoms, i, len(axes)), shape).ravel()
         for i, axis in enumerate(axes)
@@ -307,6 +335,9 @@ def split(flow: Flow, axis: Axis, sizes: Shape) -> list[Axis]:
     """
     if len(sizes) == 1:
         return [axis]
+    if not are_numbers(axis.size, *sizes):
+        flow.freeze(axis)
+        return [flow.fixed(size) for size in sizes]
     # Factors are looked at one by one: of a flattened (head, feature) that was merged
     # with more, the head may be taken out alone.
     found: list[list[np.ndarray]] = [[] for _ in sizes]
@@ -346,14 +377,20 @@ def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     >>> _blocks((6, 5, 1), (2, 3, 5))
     [([0], [0, 1]), ([1], [2])]
     """
-    before = [i for i, size in enumerate(old) if size > 1]
-    after = [j for j, size in enumerate(new) if size > 1]
+    before = [i for i, size in enumerate(old) if size != 1]
+    after = [j for j, size in enumerate(new) if size != 1]
     blocks = []
     while before:
         left, right = [before.pop(0)], [after.pop(0)]
         while (a := math.prod(old[i] for i in left)) != (
             b := math.prod(new[j] for j in right)
         ):
-            (left if a < b else right).append((before if a < b else after).pop(0))
+            try:
+                is_less = a < b
+            except jax.core.InconclusiveDimensionOperation:  # of symbols: all is one
+                left, right = left + before, right + after
+                before, after = [], []
+                break
+            (left if is_less else right).append((before if is_less else after).pop(0))
         blocks.append((left, right))
     return blocks

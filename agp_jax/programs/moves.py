@@ -5,6 +5,7 @@ and the values that it reads, and gives the axes of each output.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from agp_jax.programs.labels import (
     Flow,
     LabelRule,
     all_zeros,
+    are_numbers,
     continued,
     merge,
     reshape,
@@ -50,6 +52,9 @@ def _tile(flow, equation, ins):
     def repeated(axis: Axis, times: int) -> Axis:
         if times == 1:
             return axis
+        if not are_numbers(axis.size, times):
+            flow.freeze(axis)
+            return flow.fixed(axis.size * times)
         if axis.size == 1:
             return flow.fresh(times)
         return dataclasses.replace(axis, atoms=np.tile(axis.atoms, times))
@@ -88,6 +93,9 @@ def _concatenate(flow, equation, ins):
 
 
 def _joined(flow: Flow, axes: Sequence[Axis]) -> Axis:
+    if not are_numbers(*(axis.size for axis in axes)):
+        flow.freeze(*axes)
+        return flow.fixed(sum(axis.size for axis in axes))
     shrinking = [axis for axis in axes if flow.atoms.find(axis.atoms).any()]
     atoms = np.concatenate([axis.atoms for axis in axes])
     other = same_held([axis.other for axis in shrinking])
@@ -97,7 +105,7 @@ def _joined(flow: Flow, axes: Sequence[Axis]) -> Axis:
 def unified(flow: Flow, axes: Sequence[Axis]) -> Axis:
     flow.unify(*axes)
     other = same_held([axis.other for axis in axes])
-    return Axis(axes[0].atoms, continued(axes), all_zeros(axes), other)
+    return axes[0].relabel(continued(axes), all_zeros(axes), other)
 
 
 def _stack(flow, equation, ins):
@@ -111,23 +119,41 @@ def _slice(flow, equation, ins):
     p = equation.params
     strides = p["strides"] or (1,) * len(ins[0].axes)
     bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+
+    def sliced(axis: Axis, bound: tuple[int, int, int], size: int) -> Axis:
+        if are_numbers(axis.size, *bound):
+            return _part(axis, slice(*bound))
+        return _whole_or_fixed(flow, axis, size)
+
     return [
         [
-            _part(axis, slice(*bound))
-            for axis, bound in zip(ins[0].axes, bounds, strict=True)
+            sliced(*each)
+            for each in zip(ins[0].axes, bounds, equation.outputs[0].shape, strict=True)
         ]
     ]
 
 
+def _whole_or_fixed(flow: Flow, axis: Axis, size: int) -> Axis:
+    """What is taken of an axis: all of it, or else it is not known which indices."""
+    if axis.size == size:
+        return axis
+    flow.freeze(axis)
+    return flow.fixed(size)
+
+
 def _split(flow, equation, ins):
     along, sizes = equation.params["axis"], equation.params["sizes"]
-    ends = np.cumsum(sizes)
-    return [
-        [
-            _part(axis, slice(end - size, end)) if i == along else axis
-            for i, axis in enumerate(ins[0].axes)
+    whole, ends = ins[0].axes[along], itertools.accumulate(sizes)
+    if are_numbers(whole.size, *sizes):
+        parts = [
+            _part(whole, slice(end - size, end))
+            for size, end in zip(sizes, ends, strict=True)
         ]
-        for size, end in zip(sizes, ends, strict=True)
+    else:
+        parts = [_whole_or_fixed(flow, whole, size) for size in sizes]
+    return [
+        [part if i == along else axis for i, axis in enumerate(ins[0].axes)]
+        for part in parts
     ]
 
 
@@ -151,21 +177,25 @@ def _pad(flow, equation, ins):
     config = equation.params["padding_config"]
     padded = any(low or high or inner for low, high, inner in config)
 
-    def grown(axis: Axis, low: int, high: int, inner: int) -> Axis:
+    def grown(axis: Axis, size: int, low: int, high: int, inner: int) -> Axis:
         zeros = axis.zeros if zero or not padded else None
         if low == high == inner == 0:
-            return Axis(axis.atoms, axis.leaves, zeros)
-        if inner or low < 0 or high < 0:
+            return axis.relabel(axis.leaves, zeros)
+        is_known = are_numbers(axis.size, low, high)
+        if not is_known or inner or low < 0 or high < 0:
             flow.freeze(axis)
-            return flow.fixed(_padded_size(axis.size, low, high, inner))
+            return flow.fixed(size)
         atoms = [flow.atoms.fresh(low), axis.atoms, flow.atoms.fresh(high)]
         return Axis(np.concatenate(atoms), axis.leaves, zeros)
 
-    return [[grown(a, *c) for a, c in zip(ins[0].axes, config, strict=True)]]
-
-
-def _padded_size(size: int, low: int, high: int, inner: int) -> int:
-    return low + size + max(size - 1, 0) * inner + high
+    return [
+        [
+            grown(axis, size, *each)
+            for axis, size, each in zip(
+                ins[0].axes, equation.outputs[0].shape, config, strict=True
+            )
+        ]
+    ]
 
 
 def _gather(flow, equation, ins):
@@ -188,15 +218,25 @@ def _gather(flow, equation, ins):
         if sizes[i] == operand[i].size:
             result[place] = operand[i]
             flow.give_role(operand[i], "out")
+        elif picked is not None:
+            start = picked.starts[i]
+            result[place] = _part(operand[i], slice(start, start + sizes[i]))
         else:
             flow.freeze(operand[i])
     outer = [i for i in range(len(shape)) if i not in numbers.offset_dims]
     if picked is not None:
-        axis = merge(flow, [operand[i] for i in numbers.collapsed_slice_dims])
-        parts = [_part(axis, picked.reshape(-1))]
-        parts = parts if picked.ndim == 1 else split(flow, parts[0], picked.shape)
-        for place, part in zip(outer, parts, strict=True):
-            result[place] = part
+        if numbers.collapsed_slice_dims:
+            axis = merge(flow, [operand[i] for i in numbers.collapsed_slice_dims])
+            part = _part(axis, picked.places.reshape(-1))
+            if not outer:
+                flow.freeze(part)  # one index, whose axis is gone
+            elif len(outer) == 1:
+                result[outer[0]] = part
+            else:
+                for place, one in zip(
+                    outer, split(flow, part, picked.places.shape), strict=True
+                ):
+                    result[place] = one
         return [result]
     chosen = _pick(flow, equation, operand, numbers.start_index_map)
     rest = [i for i in numbers.collapsed_slice_dims if i not in chosen]
@@ -206,7 +246,7 @@ def _gather(flow, equation, ins):
     ):
         flow.unify(operand[i], indices[j])
     for place, axis in zip(outer, indices, strict=False):
-        result[place] = Axis(axis.atoms)
+        result[place] = axis.relabel()
     return [result]
 
 
@@ -270,10 +310,10 @@ def _scatter(flow, equation, ins):
     ):
         flow.unify(operand[i], indices[j])
     # Where no removed index is written the operand is as it was.
-    whole |= {i: Axis(operand[i].atoms, zeros=never) for i, never in chosen.items()}
+    whole |= {i: operand[i].relabel(zeros=never) for i, never in chosen.items()}
     return [
         [
-            Axis(axis.atoms, zeros=all_zeros((axis, whole[i])) if i in whole else None)
+            axis.relabel(zeros=all_zeros((axis, whole[i])) if i in whole else None)
             for i, axis in enumerate(operand)
         ]
     ]
@@ -284,7 +324,7 @@ def _bitcast(flow, equation, ins):
     old, new = ins[0].axes, equation.outputs[0].shape
     shared = min(len(old), len(new))
     flow.freeze(*old[shared:])
-    passed = [Axis(axis.atoms, axis.leaves) for axis in old[:shared]]
+    passed = [axis.relabel(axis.leaves) for axis in old[:shared]]
     return [passed + [flow.fixed(size) for size in new[shared:]]]
 
 
@@ -309,10 +349,10 @@ def _dynamic_update_slice(flow, equation, ins):
     for axis, update in zip(ins[0].axes, ins[1].axes, strict=True):
         if axis.size == update.size:
             flow.unify(axis, update)
-            result.append(Axis(axis.atoms, zeros=all_zeros((axis, update))))
+            result.append(axis.relabel(zeros=all_zeros((axis, update))))
         else:
             flow.freeze(axis, update)
-            result.append(Axis(axis.atoms))
+            result.append(axis.relabel())
     return [result]
 
 

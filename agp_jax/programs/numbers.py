@@ -12,7 +12,7 @@ import numpy as np
 
 from agp_jax.programs.atoms import Atoms
 from agp_jax.programs.jaxprs import Equation, Variable
-from agp_jax.programs.labels import Axis, Flow, Numbers, Value
+from agp_jax.programs.labels import Axis, Flow, Numbers, Value, are_numbers
 
 _Made = Sequence[Numbers | None]
 
@@ -68,7 +68,8 @@ def along_of(equation: Equation) -> int:
 
 def _iota(flow, equation, ins, axes):
     along = axes[0][equation.params["dimension"]]
-    return [Numbers(along.atoms) if along.size > 1 else None]
+    is_known = are_numbers(along.size) and along.size > 1
+    return [Numbers(along.atoms) if is_known else None]
 
 
 def _top_k(flow, equation, ins, axes):
@@ -79,8 +80,10 @@ def _argmax(flow, equation, ins, axes):
     return [_chosen(equation, ins)]
 
 
-def _chosen(equation: Equation, ins: Sequence[Value]) -> Numbers:
+def _chosen(equation: Equation, ins: Sequence[Value]) -> Numbers | None:
     axis = ins[0].axes[along_of(equation)]
+    if not are_numbers(axis.size):
+        return None
     return Numbers(axis.atoms, True, axis.holding(-np.inf))
 
 

@@ -25,6 +25,7 @@ from agp_jax.programs.labels import (
     Value,
     all_proofs,
     all_zeros,
+    are_numbers,
 )
 from agp_jax.programs.moves import MOVES, unified
 from agp_jax.programs.numbers import numbers_of
@@ -59,7 +60,8 @@ def value_of(flow: Flow, variable: Variable) -> Value:
 
 
 def _is_ramp(constant: Variable) -> bool:
-    is_vector = len(constant.shape) == 1 and constant.shape[0] > 1
+    is_known = len(constant.shape) == 1 and are_numbers(*constant.shape)
+    is_vector = is_known and constant.shape[0] > 1
     is_count = np.dtype(constant.aval.dtype).kind in "iu" if is_vector else False
     return is_count and np.array_equal(constant.constant, range(constant.shape[0]))
 
@@ -160,7 +162,7 @@ def _stepped_along(flow: Flow, equation: Equation, ins: list[Value]) -> list[Axi
     outs = zeros.follow(body, [None] * first + [axis.zeros for axis in axes])
     proof = all_proofs(handed_on(body, zeros, num_consts, num_carry))
     length = equation.params["length"]
-    if not proof or zeros.singular or length < 2:
+    if not proof or zeros.singular or not are_numbers(length) or length < 2:
         line = source_line(equation)
         with flow.at(
             f"scan at {line}, whose steps do more than add to what they carry"
@@ -171,7 +173,7 @@ def _stepped_along(flow: Flow, equation: Equation, ins: list[Value]) -> list[Axi
     flow.relied.append((axes[0].atoms, proof))
     for axis in axes:
         flow.give_role(axis, "layer")
-    return [Axis(axes[0].atoms, zeros=made) for made in outs[num_carry:]]
+    return [axes[0].relabel(zeros=made) for made in outs[num_carry:]]
 
 
 def _while(flow: Flow, equation: Equation, ins: list[Value]) -> list[Value]:
@@ -241,9 +243,7 @@ def _loop(
 def _carried(before: Value, after: Value) -> Value:
     """The carry, with the zeros that it has before a step and after it."""
     pairs = zip(before.axes, after.axes, strict=True)
-    return Value(
-        tuple(Axis(one.atoms, zeros=all_zeros((one, two))) for one, two in pairs)
-    )
+    return Value(tuple(one.relabel(zeros=all_zeros((one, two))) for one, two in pairs))
 
 
 def _zeros(values: Sequence[Value]) -> list[frozenset[int] | None]:

@@ -41,7 +41,7 @@ def _reduce(flow, equation, ins):
         flow.sums_over(ins[0].axes[i], ins[0].axes[i].holding(_NEUTRAL[name]))
     rest = [axis for i, axis in enumerate(ins[0].axes) if i not in reduced]
     if 0 in (ins[0].axes[i].size for i in reduced):
-        return [[Axis(axis.atoms, axis.leaves) for axis in rest]]
+        return [[axis.relabel(axis.leaves) for axis in rest]]
     if name in ("reduce_sum", "reduce_prod", "reduce_xor"):  # ones do not stay ones
         rest = [dataclasses.replace(axis, other=None) for axis in rest]
     return [rest]
@@ -51,14 +51,14 @@ def _argmax(flow, equation, ins):
     """The place of the largest, of which nothing less than all others takes notice."""
     along = along_of(equation)
     flow.chooses(ins[0].axes[along], 1)
-    return [[Axis(a.atoms) for i, a in enumerate(ins[0].axes) if i != along]]
+    return [[a.relabel() for i, a in enumerate(ins[0].axes) if i != along]]
 
 
 def _arg_reduce(flow, equation, ins):
     reduced = equation.params["axes"]
     flow.freeze(*(ins[0].axes[i] for i in reduced))
     rest = [axis for i, axis in enumerate(ins[0].axes) if i not in reduced]
-    return [[Axis(axis.atoms) for axis in rest]]
+    return [[axis.relabel() for axis in rest]]
 
 
 def _cumulative(flow, equation, ins):
@@ -69,9 +69,7 @@ def _cumulative(flow, equation, ins):
     else:
         flow.freeze(ins[0].axes[along])
     keeps_zero = equation.name in ("cumsum", "cumprod", "cummax", "cummin")
-    return [
-        [Axis(a.atoms, a.leaves, a.zeros if keeps_zero else None) for a in ins[0].axes]
-    ]
+    return [[a.relabel(a.leaves, a.zeros if keeps_zero else None) for a in ins[0].axes]]
 
 
 def _fft(flow, equation, ins):
@@ -87,10 +85,10 @@ def _top_k(flow, equation, ins):
     along, count = along_of(equation), equation.params["k"]
     flow.chooses(ins[0].axes[along], count)
     values = [
-        flow.fixed(count) if i == along else Axis(axis.atoms, zeros=axis.zeros)
+        flow.fixed(count) if i == along else axis.relabel(zeros=axis.zeros)
         for i, axis in enumerate(ins[0].axes)
     ]
-    return [values, [Axis(axis.atoms) for axis in values]]
+    return [values, [axis.relabel() for axis in values]]
 
 
 def _sort(flow, equation, ins):
@@ -107,7 +105,7 @@ def _sort(flow, equation, ins):
     def passed(place: int, column: Sequence[Axis]) -> Axis:
         # The second output of approx_top_k, where these are, is made of no input.
         zeros = column[place].zeros if place < len(column) else None
-        return Axis(column[0].atoms, zeros=zeros)
+        return column[0].relabel(zeros=zeros)
 
     return [
         [
@@ -152,7 +150,7 @@ def _reduce_window(flow, equation, ins):
         if passes:
             flow.unify(*column)
         zeros = all_zeros(column) if keeps_zero else None
-        axis = Axis(column[0].atoms, zeros=zeros)
+        axis = column[0].relabel(zeros=zeros)
         result.append(axis if passes else flow.fixed(size))
     return [result for _ in equation.outputs]
 
@@ -185,7 +183,7 @@ def _ragged_dot_general(flow, equation, ins):
         flow.freeze(*(a for i, a in enumerate(left.axes) if i not in summed[0]))
     result = _product(flow, (left, right), summed, batch, groups)
     if set(ragged) & set(summed[0]):
-        runs = Axis(lengths.atoms, zeros=lengths.zeros)
+        runs = lengths.relabel(zeros=lengths.zeros)
         made = equation.outputs[0].shape[0]
         result = [runs if has_groups else flow.fixed(made), *result]
     return [result]
@@ -224,7 +222,7 @@ def _product(
         if not all(other.is_weight for other in ins):
             for axis in rest:
                 flow.give_role(axis, "out")
-    shared = [Axis(a.atoms, continued((a, b)), any_zeros((a, b))) for a, b in pairs]
+    shared = [a.relabel(continued((a, b)), any_zeros((a, b))) for a, b in pairs]
     return shared + free
 
 
@@ -258,7 +256,7 @@ def _conv(flow, equation, ins):
     result[numbers.out_spec[0]] = (
         batch if p["batch_group_count"] == 1 else flow.fixed(shape[numbers.out_spec[0]])
     )
-    result[numbers.out_spec[1]] = Axis(made.atoms, zeros=made_zeros)
+    result[numbers.out_spec[1]] = made.relabel(zeros=made_zeros)
     return [result]
 
 

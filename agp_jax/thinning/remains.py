@@ -262,7 +262,7 @@ def _tie(flow: Flow, found: Sequence[Value], expected: Sequence[Value]) -> None:
 
 
 def _activation(value: Value) -> Value:
-    axes = tuple(Axis(axis.atoms) for axis in value.axes)
+    axes = tuple(axis.relabel() for axis in value.axes)
     return Value(axes, numbers=value.numbers)
 
 

@@ -48,11 +48,12 @@ def thin_function(
     Works for any function of the variables, such as one that predicts or a loss, and
     the result can be transformed as `fn` can. It is traced anew for every new shape of
     its arguments, which may be any but along the axes that are cut: what the variables
-    carry from batch to batch has as many rows as a batch. Numbers that `fn` computed
-    from widths when it was traced, such as the divisor of a mean over channels, stay as
-    they are: the result is what `fn` gives for masked variables. What has the size of
-    what was cut in the outputs, such as updated batch statistics, comes out thinned, or
-    as None where the leaf of that path is gone.
+    carry from batch to batch has as many rows as a batch, and for an export the size of
+    a batch may be a symbol. Numbers that `fn` computed from widths when it was traced,
+    such as the divisor of a mean over channels, stay as they are: the result is what
+    `fn` gives for masked variables. What has the size of what was cut in the outputs,
+    such as updated batch statistics, comes out thinned, or as None where the leaf of
+    that path is gone.
 
     Args:
       fn: called as `fn(variables, *args, **kwargs)`; all arguments are arrays.
@@ -222,8 +223,7 @@ def _scan(remains, equation, arrays, layer):
     carry, stacked = jax.lax.scan(
         step,
         arrays[num_consts:first],
-        (np.arange(length), stepped),
-        length=length,
+        (jnp.arange(length), stepped),
         reverse=p["reverse"],
         unroll=p["unroll"],
     )

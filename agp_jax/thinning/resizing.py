@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.programs.constants import known_picks
+from agp_jax.programs.constants import Picks, known_picks
 from agp_jax.programs.jaxprs import Equation, bind
 from agp_jax.programs.moves import SCATTERS
 from agp_jax.programs.numbers import along_of
@@ -71,13 +71,26 @@ def _split(remains, equation, arrays, ins, outs, layer):
 def _slice(remains, equation, arrays, ins, outs, layer):
     p, array = equation.params, arrays[0]
     strides = p["strides"] or (1,) * len(ins[0])
-    for axis, (size, start, stride) in enumerate(
-        zip(equation.outputs[0].shape, p["start_indices"], strides, strict=True)
-    ):
-        picks = start + stride * np.arange(size)
-        places = _places(picks, ins[0][axis], outs[0][axis])
-        array = _take_range(array, places, axis, layer)
+    bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+    for axis, bound in enumerate(bounds):
+        array = _take_slice(array, bound, axis, ins[0][axis], outs[0][axis], layer)
     return [array]
+
+
+def _take_slice(
+    array: Any,
+    bounds: tuple[int, int, int],
+    axis: int,
+    before: Kept,
+    after: Kept,
+    layer: jax.Array | None,
+) -> jax.Array:
+    """What stays of a slice, of an axis of which `before` stays."""
+    if before is None and after is None:
+        start, limit, stride = bounds
+        return jax.lax.slice_in_dim(array, start, limit, stride, axis)
+    places = _places(np.arange(*bounds), before, after)
+    return _take_range(array, places, axis, layer)
 
 
 def _places(picks: np.ndarray, before: Kept, after: Kept) -> np.ndarray | PerLayer:
@@ -231,7 +244,7 @@ def _gather(remains, equation, arrays, ins, outs, layer):
 
 def _gather_known(
     equation: Equation,
-    picks: np.ndarray,
+    picks: Picks,
     array: Any,
     before: Sequence[Kept],
     after: Sequence[Kept],
@@ -240,16 +253,25 @@ def _gather_known(
     """Takes known indices: where they are now, of those that stay."""
     numbers, whole = equation.params["dimension_numbers"], equation.inputs[0].shape
     axes, rank = numbers.collapsed_slice_dims, len(after)
+    inner = [i for i in range(len(whole)) if i not in axes]
+    for place, i in zip(numbers.offset_dims, inner, strict=True):
+        size = equation.params["slice_sizes"][i]
+        if size != whole[i]:
+            bounds = picks.starts[i], picks.starts[i] + size, 1
+            array = _take_slice(array, bounds, i, before[i], after[place], layer)
     outer = [i for i in range(rank) if i not in numbers.offset_dims]
     stays = [after[i] for i in outer]
-    here = _flat([before[i] for i in axes], [whole[i] for i in axes])
-    places = _places(picks.ravel(), here, _flat(stays, picks.shape))
+    places = picks.places.ravel()
+    if axes:
+        here = _flat([before[i] for i in axes], [whole[i] for i in axes])
+        stay = _flat(stays, picks.places.shape) if outer else None
+        places = _places(places, here, stay)
     array = jnp.moveaxis(array, axes, range(len(axes)))
     first, rest = array.shape[: len(axes)], array.shape[len(axes) :]
     flat = array.reshape(math.prod(first), *rest)
     taken = take_along(flat, places, 0, layer)
-    taken = taken.reshape(*thin_shape(stays, picks.shape), *rest)
-    return jnp.moveaxis(taken, range(rank), [*outer, *numbers.offset_dims])
+    taken = taken.reshape(*thin_shape(stays, picks.places.shape), *rest)
+    return jnp.moveaxis(taken, range(len(outer)), outer)
 
 
 def _flat(kept: Sequence[Kept], shape: Sequence[int]) -> Kept:
@@ -269,9 +291,12 @@ def _flat(kept: Sequence[Kept], shape: Sequence[int]) -> Kept:
 def _dynamic_slice(remains, equation, arrays, ins, outs, layer):
     sizes = thin_shape(outs[0], equation.params["slice_sizes"])
     operand, *starts = arrays
-    for i, (size, n) in enumerate(zip(sizes, equation.inputs[0].shape, strict=True)):
-        if size < n:
-            starts[i] = _places_of(starts[i], n, ins[0][i], layer)
+    starts = [
+        _places_of(start, size, kept, layer)
+        for start, size, kept in zip(
+            starts, equation.inputs[0].shape, ins[0], strict=True
+        )
+    ]
     return bind(equation, [operand, *starts], slice_sizes=sizes)
 
 
