@@ -166,7 +166,7 @@ def _explain_no_layer(
     others = [branch.name for branch in couplings.branches]
     return (
         f"{start}no residual branch, nor of a stack of layers{reason}. Leave it out of "
-        f"the pattern, or put a rule without structure before it that keeps it dense. "
+        f"the pattern, or put agp.dense(...) before it. "
         f"Branches are made by {', '.join(others[:3]) or 'nothing here'}"
         + (", ..." if len(others) > 3 else "")
     )

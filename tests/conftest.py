@@ -29,6 +29,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 collect_ignore = ["torch_agreement.py"]  # a script, which imports torch
 
+# What a newcomer runs first: a part of everything, in a minute or two.
+_QUICK = (
+    "test_api test_atoms test_bits test_couplings test_cuts test_layers test_masks "
+    "test_planning test_rules test_schedules test_selection test_structures test_trees "
+    "test_wrong_calls"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in _QUICK:
+            item.add_marker("quick")
+
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):

@@ -211,7 +211,7 @@ def rule(sparsity=0.5, pattern="router", **options):
     [
         (rule(0.75), WRAPPED, "2 at a time, so 2 may go"),
         (rule(scope="rule"), WRAPPED, "scope='tensor'"),
-        (rule(), mixtral, "wrap the function in agp.without_experts, or put a rule"),
+        (rule(), mixtral, "wrap the function in agp.without_experts, or put agp.dense"),
         (rule(), lambda p, x: x @ p["router"] @ p["up"][0, :4], "be chosen between"),
         (rule(), None, r"experts\(\), for which .* pass couplings=agp.find_couplings"),
     ],
