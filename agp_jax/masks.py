@@ -262,11 +262,6 @@ def _pruned_leaves(
         if mask is not None:
             _check_mask(path, mask, array.shape)
         gradient = gradients.get(path) if rule.scores_gradients else None
-        if gradient is not None and np.shape(gradient) != array.shape:
-            raise ValueError(
-                f"the gradient of {path} must have its shape {array.shape}, got "
-                f"{np.shape(gradient)}"
-            )
         score = scores.get(path)
         if score is not None:
             check_scores(path, score, array.shape)
@@ -278,6 +273,11 @@ def _pruned_leaves(
                     f"rank them all: call tx.update outside of shard_map, under jit, "
                     f"where arrays may be divided in any way"
                 )
+        if gradient is not None and np.shape(gradient) != array.shape:
+            raise ValueError(
+                f"the gradient of {path} must have its shape {array.shape}, got "
+                f"{np.shape(gradient)}"
+            )
         leaves[path] = Leaf(path, rule, array, mask, gradient, score)
     return leaves
 

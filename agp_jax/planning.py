@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agp_jax.branches import Layers, rank_layers
 from agp_jax.cells import Leaf
 from agp_jax.contests import count_removed
 from agp_jax.costs import Cost, aligned, measure_cost
@@ -24,6 +25,7 @@ from agp_jax.rules import Rule, checked_rules, match_rules
 from agp_jax.structures import num_cells
 from agp_jax.thinning.cuts import cut_units
 from agp_jax.thinning.replay import thin_function
+from agp_jax.thinning.trees import thin
 from agp_jax.trees import (
     PyTree,
     Shape,
@@ -186,10 +188,8 @@ def plan(
         before = after = measure_cost(fn, params, *inputs)
         if couplings is not None:
             cut = _cut_of_any(last, shapes, pruned, couplings)
-            smaller = treedef.unflatten(
-                jax.ShapeDtypeStruct(cut.thin_shape(path), shapes[path].dtype)
-                for path in paths
-            )
+            abstract = treedef.unflatten(shapes[path] for path in paths)
+            smaller = jax.eval_shape(lambda tree: thin(tree, cut), abstract)
             after = measure_cost(thin_function(fn, params, cut), smaller, *inputs)
     return PruningPlan(
         rules,
@@ -221,9 +221,13 @@ def count_nonzero_at(
       couplings: of the parameters where rules prune whole units, else None.
     """
     gone = _slices_gone(step, shapes, rules, couplings)
+    whole: dict[str, Fraction] = defaultdict(Fraction)
+    for layers, removed in _layers_gone(step, shapes, rules, couplings):
+        for path in layers.members:
+            whole[path] += Fraction(removed, layers.num_layers)
     counts = {}
     for path, array in shapes.items():
-        kept = Fraction(1)
+        kept = 1 - whole[path]
         for axis, size in enumerate(array.shape):
             kept *= size - gone[path, axis]
         rule = rules.get(path)
@@ -278,11 +282,7 @@ def _units_gone(
     """The groups that rules rank, and how many units of each have gone."""
     if couplings is None:
         return
-    leaves = {
-        path: Leaf(path, rule, shapes[path], None, None, None)
-        for path, rule in rules.items()
-    }
-    all_ranked = rank_groups(leaves, shapes, couplings)
+    all_ranked = rank_groups(_leaves(shapes, rules), shapes, couplings)
     for ranked in all_ranked:
         group, rule, _ = ranked
         units = group.num_units
@@ -292,13 +292,32 @@ def _units_gone(
         yield ranked, Fraction(gone * group.num_units, units)
 
 
+def _layers_gone(
+    step: int,
+    shapes: Mapping[str, Any],
+    rules: Mapping[str, Rule],
+    couplings: Couplings | None,
+) -> Iterator[tuple[Layers, int]]:
+    """The layers of loops that rules rank, and how many of them have gone."""
+    if couplings is not None:
+        for layers in rank_layers(_leaves(shapes, rules), couplings):
+            yield layers, count_removed(layers.rule, layers.num_layers, step)
+
+
+def _leaves(shapes: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Leaf]:
+    return {
+        path: Leaf(path, rule, shapes[path], None, None, None)
+        for path, rule in rules.items()
+    }
+
+
 def _cut_of_any(
     step: int,
     shapes: Mapping[str, Any],
     rules: Mapping[str, Rule],
     couplings: Couplings,
 ) -> Any:
-    """A cut of as many units as will go, of each group the last ones."""
+    """A cut of as many units and layers as will go, of each kind the last ones."""
     removed = {
         ranked.group.name: int(count)
         for ranked, count in _units_gone(step, shapes, rules, couplings)
@@ -308,7 +327,13 @@ def _cut_of_any(
         flags = np.zeros(group.shape, bool)
         flags[..., group.num_units - removed.get(group.name, 0) :] = True
         dead.append(flags)
-    return cut_units(couplings, dead)
+    gone = {
+        path: True
+        for layers, count in _layers_gone(step, shapes, rules, couplings)
+        for path, number in layers.members.items()
+        if number >= layers.num_layers - count
+    }
+    return cut_units(couplings, dead, gone)
 
 
 def _row(name: str, tensors: Sequence[PlannedTensor]) -> tuple[str, ...]:

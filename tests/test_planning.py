@@ -78,6 +78,20 @@ def test_multiply_adds_after_a_cut_are_those_of_the_function_that_is_cut():
     assert f"multiply-adds: {plan.before.macs:,}, and {cost.macs:,} (" in str(plan)
 
 
+def test_layers_of_a_loop_are_counted_and_cut():
+    def loop(params, x):
+        for name in sorted(params):
+            x = x + jnp.maximum(x @ params[name]["up"], 0) @ params[name]["down"]
+        return x
+
+    params = {f"h_{i}": {"up": draw(4, 6), "down": draw(6, 4)} for i in range(5)}
+    couplings = agp.find_couplings(loop, params, draw(1, 4))
+    rules = [agp.Rule("h_.*", agp.layers(), agp.one_shot(0.5))]
+    plan = agp.plan(rules, params, couplings, loop, (draw(1, 4),))
+    assert plan.nonzero == 3 * 48
+    assert (plan.before.macs, plan.after.macs) == (5 * 48, 3 * 48)
+
+
 def test_equal_tensors_share_a_line_of_eighty_columns():
     shapes = {
         f"stage{i}": {f"block{j}": {"kernel": draw(2, 4)} for j in range(3)}

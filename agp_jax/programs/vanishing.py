@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from agp_jax.programs.elementwise import ELEMENTWISE, singular_operands, zeros_of
 from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts
@@ -20,8 +21,8 @@ Proof = frozenset[int] | None
 # Zero if the first operand is, whatever the others, such as places, are.
 _OF_FIRST = set(
     "broadcast_in_dim cummax cummin cumprod cumsum dynamic_slice fft gather reduce_max "
-    "reduce_min reduce_prod reduce_sum reduce_window_sum reshape rev slice split "
-    "squeeze tile transpose unstack".split()
+    "reduce_min reduce_or reduce_prod reduce_sum reduce_window_sum reshape rev slice "
+    "split squeeze tile transpose unstack".split()
 )
 # Zero if either of the first two is.
 _PRODUCTS = {"conv_general_dilated", "dot_general", "ragged_dot_general"}
@@ -35,6 +36,8 @@ _OF_SEVERAL = {
     "scatter-add": slice(0, None, 2),
     "scatter-sub": slice(0, None, 2),
 }
+# False, which is zero, of two zeros.
+_FALSE_OF_EQUALS = {"gt", "lt", "ne"}
 # Each output is zero if its operand is.
 _EACH = {"device_put", "optimization_barrier", "sort"}
 # What comes out is what went in.
@@ -77,8 +80,11 @@ class Zeros:
 
     def _outputs(self, equation: Equation, ins: list[Proof]) -> list[Proof]:
         name, count = equation.name, len(equation.outputs)
+        if name in _FALSE_OF_EQUALS:
+            return [all_proofs(ins)]
         if name in ELEMENTWISE:
-            if any(ins[k] is not None for k in singular_operands(equation)):
+            is_singular = any(ins[k] is not None for k in singular_operands(equation))
+            if is_singular or _selects_infinity(equation, ins):
                 self.singular.append(equation)
                 return [None]
             return [zeros_of(equation, ins, equation.inputs)]
@@ -116,6 +122,14 @@ class Zeros:
             if after == carry:
                 return [*carry, *outs[num_carry:]]
             carry = after
+
+
+def _selects_infinity(equation: Equation, ins: Sequence[Proof]) -> bool:
+    """Whether zeros make it infinite all over, as they do the logits of no experts."""
+    if equation.name != "select_n" or ins[0] is None:
+        return False
+    case = equation.inputs[1]
+    return case.is_uniform and not np.isfinite(np.asarray(case.constant, float))
 
 
 @dataclasses.dataclass(frozen=True)
