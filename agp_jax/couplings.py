@@ -198,8 +198,8 @@ class Couplings:
         return "\n".join(
             [
                 *(lines or ["nothing can be cut"]),
-                f"fixed: {len(self.frozen)} axes of {leaves} leaves, in part or whole; "
-                f"table() says why",
+                f"fixed axes, in part or whole: {len(self.frozen)}, of leaves: "
+                f"{leaves}; table() says why",
             ]
         )
 
