@@ -36,6 +36,7 @@ from agp_jax.units import (
     all_units,
     check_couplings,
     enter_group,
+    expect_couplings,
     masks_of_members,
     rank_groups,
 )
@@ -136,12 +137,7 @@ def remake_masks(
         gradients=_by_path(gradients, paths, "the gradients"),
         scores=_by_path(scores, paths, "the scores"),
     )
-    for leaf in leaves.values():
-        if couplings is None and leaf.rule.needs_couplings:
-            raise ValueError(
-                f"{leaf.rule} prunes {leaf.path} by {leaf.structure}, which only "
-                f"couplings know: pass couplings=agp.find_couplings(fn, params, x)"
-            )
+    expect_couplings(leaves.values(), couplings)
     idle = frozenset(x for x in set(rules.values()) if x and not _may_prune(x, step))
     by_units = lambda leaf: couplings is not None and leaf.rule.prunes_units  # noqa: E731
     unchanged = {

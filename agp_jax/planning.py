@@ -20,10 +20,10 @@ from agp_jax.branches import Layers, rank_layers
 from agp_jax.cells import Leaf
 from agp_jax.contests import count_removed
 from agp_jax.costs import Cost, aligned, measure_cost
-from agp_jax.couplings import Couplings
+from agp_jax.couplings import Couplings, Group
 from agp_jax.rules import Rule, checked_rules, match_rules
 from agp_jax.structures import num_cells
-from agp_jax.thinning.cuts import cut_units
+from agp_jax.thinning.cuts import Cut, cut_units
 from agp_jax.thinning.replay import thin_function
 from agp_jax.thinning.trees import thin
 from agp_jax.trees import (
@@ -34,7 +34,12 @@ from agp_jax.trees import (
     flatten_with_paths,
     name_together,
 )
-from agp_jax.units import RankedGroup, rank_groups
+from agp_jax.units import (
+    RankedGroup,
+    check_couplings,
+    expect_couplings,
+    rank_groups,
+)
 
 
 class PlannedTensor(NamedTuple):
@@ -171,6 +176,7 @@ def plan(
     rules = checked_rules(rules)
     if couplings is not None:
         expect(couplings, Couplings, "couplings from agp.find_couplings third")
+        check_couplings(couplings, params)
     expect(inputs, tuple | list, "the inputs of fn as a tuple, such as (x,)")
     matched = match_rules(rules, params)
     paths, leaves, treedef = flatten_with_paths(params)
@@ -178,7 +184,8 @@ def plan(
     shapes = {p: abstract_array(x) for p, x in zip(paths, leaves, strict=True)}
     pruned = {path: rule for path, rule in taken.items() if rule is not None}
     last = max((int(r.schedule.end_step) for r in rules if r.schedule), default=0)
-    counts = count_nonzero_at(last, shapes, pruned, couplings)
+    ranking = rank(shapes, pruned, couplings)
+    counts = count_nonzero_at(last, ranking)
     numbers = [
         next((i for i, r in enumerate(rules) if re.fullmatch(r.pattern, path)), None)
         for path in paths
@@ -187,7 +194,7 @@ def plan(
     if fn is not None:
         before = after = measure_cost(fn, params, *inputs)
         if couplings is not None:
-            cut = _cut_of_any(last, shapes, pruned, couplings)
+            cut = _cut_of_any(last, ranking, couplings)
             abstract = treedef.unflatten(shapes[path] for path in paths)
             smaller = jax.eval_shape(lambda tree: thin(tree, cut), abstract)
             after = measure_cost(thin_function(fn, params, cut), smaller, *inputs)
@@ -203,52 +210,77 @@ def plan(
     )
 
 
-def count_nonzero_at(
-    step: int,
-    shapes: Mapping[str, Any],
-    rules: Mapping[str, Rule],
-    couplings: Couplings | None,
-) -> dict[str, Fraction]:
+class Ranking(NamedTuple):
+    """What rules rank, by path; and with couplings what goes together.
+
+    Attributes:
+      shapes: abstract arrays of all parameters.
+      rules: those of the parameters that are pruned.
+      couplings: of the parameters where rules prune whole units, else None.
+      groups: whose units the rules rank.
+      layers: those of loops that the rules rank.
+    """
+
+    shapes: Mapping[str, Any]
+    rules: Mapping[str, Rule]
+    couplings: Couplings | None
+    groups: Sequence[RankedGroup]
+    layers: Sequence[Layers]
+
+
+def rank(
+    shapes: Mapping[str, Any], rules: Mapping[str, Rule], couplings: Couplings | None
+) -> Ranking:
+    """What rules rank, of parameters given by path.
+
+    Raises:
+      ValueError: if couplings do not let a rule remove what it names.
+    """
+    leaves = {
+        path: Leaf(path, rule, shapes[path], None, None, None)
+        for path, rule in rules.items()
+    }
+    expect_couplings(leaves.values(), couplings)
+    if couplings is None:
+        return Ranking(shapes, rules, None, (), ())
+    groups = rank_groups(leaves, shapes, couplings)
+    return Ranking(shapes, rules, couplings, groups, rank_layers(leaves, couplings))
+
+
+def count_nonzero_at(step: int, ranking: Ranking) -> dict[str, Fraction]:
     """How many entries of each parameter are not zero at a step, as schedules have it.
 
     Whole numbers, but where cells or units of several tensors are ranked together:
     there each loses an equal part, and only the sum of cells is exact.
-
-    Args:
-      step: the step.
-      shapes: abstract arrays of all parameters, by path.
-      rules: of those that are pruned, by path.
-      couplings: of the parameters where rules prune whole units, else None.
     """
-    gone = _slices_gone(step, shapes, rules, couplings)
+    slices: dict[tuple[str, int], Fraction] = defaultdict(Fraction)
+    for group, removed in _units_gone(step, ranking):
+        for member in group.members:
+            slices[member.path, member.axis] += removed * member.indices.shape[1]
     whole: dict[str, Fraction] = defaultdict(Fraction)
-    for layers, removed in _layers_gone(step, shapes, rules, couplings):
+    for layers, removed in _layers_gone(step, ranking):
         for path in layers.members:
             whole[path] += Fraction(removed, layers.num_layers)
     counts = {}
-    for path, array in shapes.items():
+    for path, array in ranking.shapes.items():
         kept = 1 - whole[path]
         for axis, size in enumerate(array.shape):
-            kept *= size - gone[path, axis]
-        rule = rules.get(path)
-        if rule is not None and not (couplings and rule.prunes_units):
-            kept *= 1 - _removed_part(rule, path, rules, shapes, step)
+            kept *= size - slices[path, axis]
+        rule = ranking.rules.get(path)
+        if rule is not None and not (ranking.couplings and rule.prunes_units):
+            kept *= 1 - _removed_part(rule, path, step, ranking)
         counts[path] = kept
     return counts
 
 
-def _removed_part(
-    rule: Rule,
-    path: str,
-    rules: Mapping[str, Rule],
-    shapes: Mapping[str, Any],
-    step: int,
-) -> Fraction:
+def _removed_part(rule: Rule, path: str, step: int, ranking: Ranking) -> Fraction:
     """The part of a parameter's cells that its rule has removed."""
-    rows, cells = count_cells(rule, shapes[path].shape)
+    rows, cells = count_cells(rule, ranking.shapes[path].shape)
     if rule.ranks_together:
-        peers = [shapes[p].shape for p, other in rules.items() if other == rule]
-        cells = sum(math.prod(count_cells(rule, shape)) for shape in peers)
+        peers = [p for p, other in ranking.rules.items() if other == rule]
+        cells = sum(
+            math.prod(count_cells(rule, ranking.shapes[p].shape)) for p in peers
+        )
     return Fraction(count_removed(rule, cells, step), cells) if cells else Fraction(0)
 
 
@@ -259,69 +291,26 @@ def count_cells(rule: Rule, shape: Shape) -> tuple[int, int]:
     return math.prod(rows), num_cells(rule.structure, tensor)
 
 
-def _slices_gone(
-    step: int,
-    shapes: Mapping[str, Any],
-    rules: Mapping[str, Rule],
-    couplings: Couplings | None,
-) -> dict[tuple[str, int], Fraction]:
-    """How many slices along each leaf's axis have gone with coupled units."""
-    gone: dict[tuple[str, int], Fraction] = defaultdict(Fraction)
-    for ranked, removed in _units_gone(step, shapes, rules, couplings):
-        for member in ranked.group.members:
-            gone[member.path, member.axis] += removed * member.indices.shape[1]
-    return gone
-
-
-def _units_gone(
-    step: int,
-    shapes: Mapping[str, Any],
-    rules: Mapping[str, Rule],
-    couplings: Couplings | None,
-) -> Iterator[tuple[RankedGroup, Fraction]]:
+def _units_gone(step: int, ranking: Ranking) -> Iterator[tuple[Group, Fraction]]:
     """The groups that rules rank, and how many units of each have gone."""
-    if couplings is None:
-        return
-    all_ranked = rank_groups(_leaves(shapes, rules), shapes, couplings)
-    for ranked in all_ranked:
-        group, rule, _ = ranked
+    for group, rule, _ in ranking.groups:
         units = group.num_units
         if rule.ranks_together:
-            units = sum(math.prod(g.shape) for g, r, _ in all_ranked if r == rule)
+            peers = [other for other, r, _ in ranking.groups if r == rule]
+            units = sum(math.prod(other.shape) for other in peers)
         gone = count_removed(rule, units, step)
-        yield ranked, Fraction(gone * group.num_units, units)
+        yield group, Fraction(gone * group.num_units, units)
 
 
-def _layers_gone(
-    step: int,
-    shapes: Mapping[str, Any],
-    rules: Mapping[str, Rule],
-    couplings: Couplings | None,
-) -> Iterator[tuple[Layers, int]]:
+def _layers_gone(step: int, ranking: Ranking) -> Iterator[tuple[Layers, int]]:
     """The layers of loops that rules rank, and how many of them have gone."""
-    if couplings is not None:
-        for layers in rank_layers(_leaves(shapes, rules), couplings):
-            yield layers, count_removed(layers.rule, layers.num_layers, step)
+    for layers in ranking.layers:
+        yield layers, count_removed(layers.rule, layers.num_layers, step)
 
 
-def _leaves(shapes: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Leaf]:
-    return {
-        path: Leaf(path, rule, shapes[path], None, None, None)
-        for path, rule in rules.items()
-    }
-
-
-def _cut_of_any(
-    step: int,
-    shapes: Mapping[str, Any],
-    rules: Mapping[str, Rule],
-    couplings: Couplings,
-) -> Any:
+def _cut_of_any(step: int, ranking: Ranking, couplings: Couplings) -> Cut:
     """A cut of as many units and layers as will go, of each kind the last ones."""
-    removed = {
-        ranked.group.name: int(count)
-        for ranked, count in _units_gone(step, shapes, rules, couplings)
-    }
+    removed = {group.name: int(count) for group, count in _units_gone(step, ranking)}
     dead = []
     for group in couplings.groups:
         flags = np.zeros(group.shape, bool)
@@ -329,7 +318,7 @@ def _cut_of_any(
         dead.append(flags)
     gone = {
         path: True
-        for layers, count in _layers_gone(step, shapes, rules, couplings)
+        for layers, count in _layers_gone(step, ranking)
         for path, number in layers.members.items()
         if number >= layers.num_layers - count
     }

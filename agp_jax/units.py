@@ -8,7 +8,7 @@ names. The masks then cover every slice of a unit, in parameters that no rule na
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +55,16 @@ def check_couplings(couplings: Couplings, params: PyTree) -> None:
                 f"shape {np.shape(weights[path])}. If it has been cut, make the "
                 f"optimizer anew: agp.prune(inner, []), or with the rules that go on "
                 f"and couplings=agp.find_couplings(thinned_function, thinned, *inputs)"
+            )
+
+
+def expect_couplings(leaves: Iterable[Leaf], couplings: Couplings | None) -> None:
+    """Raises a ValueError if a rule prunes what only couplings know, without them."""
+    for leaf in leaves:
+        if couplings is None and leaf.rule.needs_couplings:
+            raise ValueError(
+                f"{leaf.rule} prunes {leaf.path} by {leaf.structure}, which only "
+                f"couplings know: pass couplings=agp.find_couplings(fn, params, x)"
             )
 
 

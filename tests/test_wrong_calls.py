@@ -724,6 +724,22 @@ CALLS = {
         lambda: agp.find_couplings(f, {**P, "name": "mlp"}, X),
         "name is no array but 'mlp'",
     ),
+    "a plan of layers without couplings": (
+        lambda: agp.plan([agp.Rule("up/kernel", agp.layers(), H)], P),
+        "prunes up/kernel by layers(), which only couplings know",
+    ),
+    "a plan with couplings of more than the parameters": (
+        lambda: agp.plan(
+            [F],
+            P,
+            agp.find_couplings(lambda v, x: f(v["params"], x), {"params": P}, X),
+        ),
+        "the couplings have 'params/down/kernel', which is no parameter",
+    ),
+    "a plan with couplings of other shapes": (
+        lambda: agp.plan([F], {**P, "down": {"kernel": jnp.ones((8, 3))}}, C),
+        "the couplings are of down/kernel with shape (8, 2), but it has",
+    ),
     "layers without couplings": (
         lambda: agp.make_masks(P, [agp.Rule("up/kernel", agp.layers(), H)], 0),
         "prunes up/kernel by layers(), which only couplings know",

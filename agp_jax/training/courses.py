@@ -7,12 +7,11 @@ here is counted from schedules, without masks.
 
 import bisect
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 
-from agp_jax.planning import count_nonzero_at
+from agp_jax.planning import Ranking, count_nonzero_at, rank
 from agp_jax.training.config import teacher_step
 from agp_jax.training.experiment import Experiment
 from agp_jax.trees import flatten_with_paths
@@ -78,7 +77,8 @@ def make_course(experiment: Experiment) -> Course:
     events = {int(step) for s in schedules for step in s.events()[0]}
     steps = sorted({0, *events})
     weights = [x.path.removeprefix("params/") for x in experiment.cost.weights]
-    counts = [count_nonzero_by_path(experiment, step) for step in steps]
+    ranking = rank_experiment(experiment)
+    counts = [count_nonzero_at(step, ranking) for step in steps]
     return Course(
         tuple(steps),
         tuple(float(sum(count[path] for path in weights)) for count in counts),
@@ -86,8 +86,8 @@ def make_course(experiment: Experiment) -> Course:
     )
 
 
-def count_nonzero_by_path(experiment: Experiment, step: int) -> dict[str, Fraction]:
-    """`count_nonzero_at` of an experiment's parameters."""
+def rank_experiment(experiment: Experiment) -> Ranking:
+    """What an experiment's rules rank, as it is before or after its cut."""
     paths, shapes, treedef = flatten_with_paths(experiment.shapes.params)
     matched = treedef.flatten_up_to(experiment.matched)
     rules = {
@@ -95,5 +95,4 @@ def count_nonzero_by_path(experiment: Experiment, step: int) -> dict[str, Fracti
         for path, rule in zip(paths, matched, strict=True)
         if rule in experiment.rules
     }
-    arrays = dict(zip(paths, shapes, strict=True))
-    return count_nonzero_at(step, arrays, rules, experiment.ranking)
+    return rank(dict(zip(paths, shapes, strict=True)), rules, experiment.ranking)

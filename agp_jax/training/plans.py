@@ -15,15 +15,15 @@ import numpy as np
 from agp_jax.costs import Cost, LeafCost
 from agp_jax.masks import apply_masks, make_masks
 from agp_jax.models.torch_weights import published_names
-from agp_jax.planning import count_cells
+from agp_jax.planning import count_cells, count_nonzero_at
 from agp_jax.pruning import get_masks
 from agp_jax.rules import Rule
 from agp_jax.thinning.trees import thin
 from agp_jax.training.config import Config, ConfigError, Distill, last_event
 from agp_jax.training.counts import describe_cost
 from agp_jax.training.courses import (
-    count_nonzero_by_path,
     make_course,
+    rank_experiment,
     training_macs,
 )
 from agp_jax.training.experiment import (
@@ -163,7 +163,7 @@ def make_plan(experiment: Experiment) -> Plan:
 
 def _count(experiment: Experiment) -> Cost:
     """The cost in the end of an experiment that nothing needs to be ranked for."""
-    counts = count_nonzero_by_path(experiment, experiment.config.steps)
+    counts = count_nonzero_at(experiment.config.steps, rank_experiment(experiment))
     start = "params/"
     leaves = [
         dataclasses.replace(leaf, nonzero=int(counts[leaf.path.removeprefix(start)]))
