@@ -26,7 +26,13 @@ from agp_jax.programs.jaxprs import (
     source_line,
     trace,
 )
-from agp_jax.trees import PyTree, Shape, expect_function, flatten_with_paths
+from agp_jax.trees import (
+    PyTree,
+    Shape,
+    describe_shape,
+    expect_function,
+    flatten_with_paths,
+)
 
 
 class _Part(NamedTuple):
@@ -142,7 +148,7 @@ class Cost:
             *(
                 (
                     x.path,
-                    _by(x.shape),
+                    describe_shape(x.shape),
                     _grouped(x.params),
                     _grouped(x.nonzero),
                     _grouped(x.macs),
@@ -450,10 +456,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def _by(shape: Shape) -> str:
-    return "x".join(map(str, shape))
 
 
 def _grouped(number: int | None) -> str:

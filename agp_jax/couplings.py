@@ -6,8 +6,8 @@ Units that live in the same slices of the same leaves form a group.
 """
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,11 +87,15 @@ class Group:
         layers = (self.num_layers,) if self.num_layers else ()
         return (*layers, self.num_units)
 
-    def __str__(self) -> str:
+    def count(self, kind: str = "units") -> str:
+        """How many units there are, in words."""
         stack = f"{self.num_layers} x " if self.num_layers else ""
-        kind = "exact" if self.exact else f"not exact: {self.inexact}"
         chosen = f", {self.num_chosen} chosen at a time" if self.num_chosen else ""
-        lines = [f"{self.name}: {stack}{self.num_units} units{chosen}, {kind}"]
+        return f"{stack}{self.num_units} {kind}{chosen}"
+
+    def __str__(self) -> str:
+        exact = "exact" if self.exact else f"not exact: {self.inexact}"
+        lines = [f"{self.name}: {self.count()}, {exact}"]
         for member in self.members:
             slices = member.indices.shape[1]
             times = f" x {slices}" if slices > 1 else ""
@@ -101,12 +105,9 @@ class Group:
 
 def _summary(group: Group, others: Sequence[Group]) -> str:
     """A group in a line, without its name."""
-    stack = f"{group.num_layers} x " if group.num_layers else ""
-    chosen = f", {group.num_chosen} chosen at a time" if group.num_chosen else ""
     leaves = len({member.path for member in group.members})
     exact = "exact" if group.exact else f"not exact ({group.inexact})"
-    kind = _kind(group, others)
-    return f"{stack}{group.num_units} {kind}{chosen}, in {leaves} leaves, {exact}"
+    return f"{group.count(_kind(group, others))}, in {leaves} leaves, {exact}"
 
 
 def _kind(group: Group, others: Sequence[Group]) -> str:
@@ -149,6 +150,16 @@ class Branch:
     inexact: str | None = None
 
 
+def _branch_entry(branch: Branch) -> tuple[str, str]:
+    return f"branch {branch.name}", f"{len(branch.leaves)} leaves"
+
+
+def unique_name(name: str, taken: Container[str]) -> str:
+    """`name`, or with the first number that makes it another than those taken."""
+    numbered = (f"{name}#{number}" for number in itertools.count(2))
+    return next(x for x in itertools.chain([name], numbered) if x not in taken)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Couplings:
     """What `find_couplings` found.
@@ -181,19 +192,9 @@ class Couplings:
 
     def __str__(self) -> str:
         """A line for each group, equal ones in one; `table()` has all of it."""
-        found = [(group.name, _summary(group, self.groups)) for group in self.groups]
-        found += [
-            (f"branch {branch.name}", f"{len(branch.leaves)} leaves")
-            for branch in self.branches
-        ]
-        alike: dict[tuple[str, str], list[str]] = {}
-        for name, said in found:
-            alike.setdefault((re.sub(r"\d+", "#", name), said), []).append(name)
-        lines = [
-            f"{name}: {said}"
-            for (_, said), names in alike.items()
-            for name, _ in name_together(names)
-        ]
+        entries = [(group.name, _summary(group, self.groups)) for group in self.groups]
+        entries += [_branch_entry(branch) for branch in self.branches]
+        lines = [f"{name}: {said}" for name, said, _ in name_together(entries)]
         leaves = len({path for path, _ in self.frozen})
         return "\n".join(
             [
@@ -206,10 +207,7 @@ class Couplings:
     def table(self) -> str:
         """All groups with their members, all branches, and what is fixed and why."""
         lines = [str(group) for group in self.groups]
-        lines += [
-            f"branch {branch.name}: {len(branch.leaves)} leaves"
-            for branch in self.branches
-        ]
+        lines += [": ".join(_branch_entry(branch)) for branch in self.branches]
         lines += [
             f"fixed {path}[{axis}] {start}:{stop}: {reason}"
             for (path, axis), runs in self.frozen.items()

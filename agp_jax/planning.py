@@ -30,6 +30,7 @@ from agp_jax.trees import (
     PyTree,
     Shape,
     abstract_array,
+    describe_shape,
     expect,
     flatten_with_paths,
     name_together,
@@ -331,7 +332,7 @@ def _row(name: str, tensors: Sequence[PlannedTensor]) -> tuple[str, ...]:
     many = f"{len(tensors)} x " if len(tensors) > 1 else ""
     return (
         name,
-        f"{many}{'x'.join(map(str, tensor.shape)) or 'scalar'}",
+        f"{many}{describe_shape(tensor.shape) or 'scalar'}",
         f"{int(len(tensors) * tensor.nonzero):,}",
         "dense" if tensor.nonzero == tensor.size else f"{tensor.sparsity:.2%}",
         "" if tensor.rule is None else f"{tensor.rule}",
@@ -342,11 +343,6 @@ def _equal_tensors(
     tensors: Sequence[PlannedTensor],
 ) -> Iterator[tuple[str, list[PlannedTensor]]]:
     """Tensors of which all is equal but numbers in their paths, under one name."""
-    alike: dict[Any, list[PlannedTensor]] = defaultdict(list)
-    for tensor in tensors:
-        skeleton = re.sub(r"\d+", "#", tensor.path)
-        alike[skeleton, tensor.shape, tensor.rule, tensor.nonzero].append(tensor)
-    for group in alike.values():
-        by_path = {tensor.path: tensor for tensor in group}
-        for name, paths in name_together(list(by_path)):
-            yield name, [by_path[path] for path in paths]
+    by_path = {tensor.path: tensor for tensor in tensors}
+    for name, _, paths in name_together((t.path, t[1:]) for t in tensors):
+        yield name, [by_path[path] for path in paths]

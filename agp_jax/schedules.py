@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import numbers
-import operator
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from fractions import Fraction
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.trees import expect
+from agp_jax.trees import expect, expect_whole
 
 _MAX_STEP = 2**31 - 1
 _MAX_EXACT_POWER = 64  # the integers of exact levels grow with the power
@@ -63,8 +62,8 @@ class Schedule:
 
     def __post_init__(self):
         for name in ("begin_step", "end_step", "frequency"):
-            value = _whole(
-                f"{name} must be a whole number of steps", getattr(self, name)
+            value = expect_whole(
+                getattr(self, name), f"{name} must be a whole number of steps"
             )
             object.__setattr__(self, name, value)
         for name in ("initial_sparsity", "final_sparsity", "power"):
@@ -204,15 +203,6 @@ class Schedule:
         )
 
 
-def _whole(what: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{what}, got {value!r}") from None
-
-
 def _as_written(number: Any) -> float | Fraction:
     """The float that prints as `number` does; a `Fraction` where none does, as of 1/3.
 
@@ -249,7 +239,7 @@ def in_parts(sparsity: float | Fraction, m: int) -> float | Fraction:
 def _as_step(step: int | jax.Array) -> int | jax.Array:
     """An int, or int32 of at least -1, from which any step can be subtracted."""
     if not isinstance(step, (jax.Array, np.ndarray)):
-        return _whole("a step must be a whole number", step)
+        return expect_whole(step, "a step must be a whole number")
     step = jnp.asarray(step)
     if not jnp.issubdtype(step.dtype, jnp.integer):
         raise ValueError(f"a step must be a whole number, got {step.dtype}")
@@ -306,7 +296,7 @@ def schedule_within(
     >>> print(schedule_within(1000, 0.8, begin=0.25, end=0.75, frequency=250))
     3 events from step 250 to 750, every 250: sparsity 0 at 250, 0.7 at 500, 0.8 at 750
     """
-    if _whole("num_steps must be a whole number of steps", num_steps) < 1:
+    if expect_whole(num_steps, "num_steps must be a whole number of steps") < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     expect(begin, numbers.Real, "begin as a fraction of the run")
     expect(end, numbers.Real, "end as a fraction of the run")

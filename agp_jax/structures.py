@@ -6,11 +6,10 @@ convolution kernels are (height, width, in, out), dense kernels (in, out).
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from agp_jax.trees import Shape, expect
+from agp_jax.trees import Shape, expect, expect_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,12 +283,7 @@ def _slabs(shape: Shape, axis: int, count: int | None = None) -> Shape:
 
 
 def _whole(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+    return expect_whole(value, f"{name} must be a whole number")
 
 
 def _checked_axis(shape: Shape, axis: int) -> int:

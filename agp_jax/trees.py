@@ -6,8 +6,9 @@ dataclasses.
 """
 
 import math
+import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +70,11 @@ def abstract_array(x: Any, path: str = "") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
 
 
+def describe_shape(shape: Shape) -> str:
+    """A shape as tables show it: `3x3x16`, and nothing for a scalar."""
+    return "x".join(map(str, shape))
+
+
 def expect(value: Any, kind: type | tuple[type, ...], what: str) -> None:
     """Raises a ValueError that says what was expected, unless it is of this kind."""
     if not isinstance(value, kind):
@@ -79,6 +85,16 @@ def expect_function(value: Any, what: str) -> None:
     """Raises a ValueError, unless `value` can be called."""
     if not callable(value):
         raise ValueError(f"expected {what}, got {describe(value)}")
+
+
+def expect_whole(value: Any, what: str) -> int:
+    """The whole number that `value` is; else a ValueError says what it should be."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what}, got {value!r}") from None
 
 
 def describe(value: Any) -> str:
@@ -118,22 +134,40 @@ def unflatten_around(
     )
 
 
-def name_together(paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Names for runs of paths that differ in numbers alone.
+def name_together(
+    entries: Iterable[tuple[str, Any]],
+) -> Iterator[tuple[str, Any, list[str]]]:
+    """One name for entries of equal facts whose own names differ in numbers alone.
 
-    >>> list(name_together(["a1/b0", "a1/b1", "a2/b0", "a2/b1"]))
-    [('a[1-2]/b[0-1]', ['a1/b0', 'a1/b1', 'a2/b0', 'a2/b1'])]
+    Args:
+      entries: names, each with what else there is to tell, which can be hashed.
+
+    Yields:
+      A name, the facts, and the names of all entries that it stands for.
+
+    >>> list(name_together([("a1/b0", 8), ("a1/b1", 8), ("a2/b0", 8), ("a2/b1", 8)]))
+    [('a[1-2]/b[0-1]', 8, ['a1/b0', 'a1/b1', 'a2/b0', 'a2/b1'])]
     """
-    numbers = [re.findall(r"\d+", path) for path in paths]
+    alike: dict[tuple[str, Any], list[str]] = {}
+    for name, facts in entries:
+        alike.setdefault((re.sub(r"\d+", "#", name), facts), []).append(name)
+    for (_, facts), names in alike.items():
+        for shared, held in _name_products(names):
+            yield shared, facts, held
+
+
+def _name_products(names: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Names that have all combinations of their numbers, together; else in parts."""
+    numbers = [re.findall(r"\d+", name) for name in names]
     columns = [sorted({*column}, key=int) for column in zip(*numbers, strict=True)]
-    if math.prod(map(len, columns)) == len(paths):
+    if math.prod(map(len, columns)) == len(names):
         spelled = iter([_spell(column) for column in columns])
-        yield re.sub(r"\d+", lambda _: next(spelled), paths[0]), list(paths)
+        yield re.sub(r"\d+", lambda _: next(spelled), names[0]), names
         return
     place = next(i for i, column in enumerate(columns) if len(column) > 1)
     for value in columns[place]:
-        part = [p for p, n in zip(paths, numbers, strict=True) if n[place] == value]
-        yield from name_together(part)
+        part = [x for x, n in zip(names, numbers, strict=True) if n[place] == value]
+        yield from _name_products(part)
 
 
 def _spell(numbers: Sequence[str]) -> str:

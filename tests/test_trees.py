@@ -361,9 +361,11 @@ def test_children_are_what_a_node_holds_directly():
 
 def test_names_are_shared_by_whole_products_alone():
     paths = ["a1/b1", "a1/b2", "a2/b1", "a3/b1", "c"]
-    named = list(name_together(paths[:4]))
-    assert [name for name, _ in named] == ["a1/b[1-2]", "a2/b1", "a3/b1"]
-    assert sorted(path for _, held in named for path in held) == paths[:4]
-    assert list(name_together(["w2", "w10", "w4"])) == [
-        ("w[2,4,10]", ["w2", "w10", "w4"])
+    named = list(name_together((path, None) for path in paths))
+    assert [name for name, _, _ in named] == ["a1/b[1-2]", "a2/b1", "a3/b1", "c"]
+    assert sorted(path for _, _, held in named for path in held) == paths
+    entries = [("w2", 1), ("w10", 1), ("w3", 2), ("w4", 1)]
+    assert list(name_together(entries)) == [
+        ("w[2,4,10]", 1, ["w2", "w10", "w4"]),
+        ("w3", 2, ["w3"]),
     ]

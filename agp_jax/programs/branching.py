@@ -6,12 +6,11 @@ leaves of its own, while the other operand stays what it is.
 """
 
 import functools
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from agp_jax.couplings import Branch
+from agp_jax.couplings import Branch, unique_name
 from agp_jax.programs.analyses import Analysis
 from agp_jax.programs.jaxprs import Equation, Program, Variable
 from agp_jax.programs.propagation import value_of
@@ -58,11 +57,7 @@ def find_branches(analysis: Analysis) -> tuple[Branch, ...]:
             continue
         paths = tuple(analysis.paths[i] for i in private[operand])
         needed = frozenset(analysis.paths[i] for i in proof)
-        name = next(
-            name
-            for number in itertools.count(1)
-            if (name := min(needed) + f"#{number}" * (number > 1)) not in found
-        )
+        name = unique_name(min(needed), found)
         found[name] = Branch(name, paths, needed)
     return tuple(found.values())
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agp_jax.couplings import Couplings, Group, Member
+from agp_jax.couplings import Couplings, Group, Member, unique_name
 from agp_jax.programs.analyses import Analysis, analyse, even_parts, stacked_atoms
 from agp_jax.programs.atoms import FROZEN
 from agp_jax.programs.branching import find_branches
@@ -173,7 +173,7 @@ def _make_groups(
         stack = stacks[slices.atom[places[0, 0]]]
         groups.append(
             Group(
-                name=_unique_name(members, names),
+                name=_name_group(members, names),
                 num_units=len(places),
                 members=members,
                 inexact=inexact[number],
@@ -201,14 +201,9 @@ def _members(
         )
 
 
-def _unique_name(members: Sequence[Member], taken: set[str]) -> str:
+def _name_group(members: Sequence[Member], taken: set[str]) -> str:
     first = min(members, key=lambda m: ("out", "layer", "each", "in").index(m.role))
-    name = f"{first.path}[{first.axis}]"
-    number = 2
-    unique = name
-    while unique in taken:
-        unique, number = f"{name}#{number}", number + 1
-    return unique
+    return unique_name(f"{first.path}[{first.axis}]", taken)
 
 
 def _reasons_of_groups(

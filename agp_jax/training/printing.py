@@ -1,7 +1,6 @@
 """What is printed: sentences and tables that fit a console, or a file."""
 
 import math
-import re
 import textwrap
 from collections.abc import Sequence
 
@@ -76,12 +75,5 @@ def group_rows(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     >>> group_rows([["block0/conv", "8"], ["block1/conv", "8"], ["head", "2"]])
     [['block[0-1]/conv', '8'], ['head', '2']]
     """
-    alike: dict[tuple, list[str]] = {}
-    for name, *cells in rows:
-        key = re.sub(r"\d+", "#", name), *cells
-        alike.setdefault(key, []).append(name)
-    return [
-        [name, *cells]
-        for (_, *cells), names in alike.items()
-        for name, _ in name_together(names)
-    ]
+    entries = ((name, tuple(cells)) for name, *cells in rows)
+    return [[name, *cells] for name, cells, _ in name_together(entries)]

@@ -15,6 +15,7 @@ from agp_jax.training.plans import Plan
 from agp_jax.training.printing import group_rows, print_table, say
 from agp_jax.training.published import Published, compare
 from agp_jax.training.tasks import Task
+from agp_jax.trees import describe_shape
 
 _MAX_EVENTS = 24  # that a plan lists; of more the middle is left out
 
@@ -26,8 +27,8 @@ def print_counts(console: Console, counts: Sequence[TensorCount]) -> None:
     has_targets = not is_cut and any(count.target is not None for count in counts)
     rows = []
     for count in counts:
-        row = [count.path, _describe_shape(count.shape)]
-        row += [_describe_shape(count.left)] if is_cut else []
+        row = [count.path, describe_shape(count.shape)]
+        row += [describe_shape(count.left)] if is_cut else []
         row += [f"{count.nonzero:,}", f"{count.sparsity:.2%}"]
         rows.append([*row, _describe_target(count)] if has_targets else row)
     target = total_target(counts)
@@ -77,8 +78,8 @@ def print_plan(console: Console, plan: Plan, experiment: Experiment) -> None:
     rows = []
     for tensor in plan.tensors:
         nonzero = tensor.after.nonzero or 0
-        row = [tensor.path, _describe_shape(tensor.before.shape)]
-        row += [_describe_shape(tensor.after.shape)] if plan.is_cut else []
+        row = [tensor.path, describe_shape(tensor.before.shape)]
+        row += [describe_shape(tensor.after.shape)] if plan.is_cut else []
         sparsity = f"{1 - nonzero / tensor.before.params:.2%}"
         is_dense = not tensor.rules and nonzero == tensor.before.params
         rows.append([*row, f"{nonzero:,}", "dense" if is_dense else sparsity])
@@ -143,10 +144,6 @@ def print_comparison(console: Console, plan: Plan, published: Published) -> None
             say(console, f"published {title}: {value}{dense}")
     for erratum in published.errata:
         say(console, f"note: {erratum}")
-
-
-def _describe_shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _percent(fraction: float) -> str:
