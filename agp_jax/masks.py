@@ -299,13 +299,18 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     >>> print(apply_masks({"kernel": jnp.ones(2), "bias": jnp.ones(1)}, masks))
     {'bias': Array([1.], dtype=float32), 'kernel': Array([1., 0.], dtype=float32)}
     """
-    if masks is None:
-        raise ValueError("expected masks, got None: pass get_masks(opt_state)")
+    expect_masks(masks)
     return map_masked(
         lambda mask, x: jnp.where(mask, x, jnp.zeros((), jnp.result_type(x))),
         masks,
         params,
     )
+
+
+def expect_masks(masks: PyTree) -> None:
+    """Raises a ValueError if there are none at all, as of a forgotten state."""
+    if masks is None:
+        raise ValueError("expected masks, got None: pass get_masks(opt_state)")
 
 
 def _check_mask(path: str, mask: Any, shape: Shape | None) -> None:
@@ -411,10 +416,9 @@ def fingerprint(masks: PyTree) -> jax.Array:
     >>> int(fingerprint(kept)) == int(fingerprint({"kernel": jnp.ones((2, 2), bool)}))
     False
     """
-    total = jnp.zeros((), jnp.uint32)
-    if masks is None:
-        raise ValueError("expected masks, got None: pass get_masks(opt_state)")
+    expect_masks(masks)
     paths, leaves, _ = flatten_with_paths(masks)
+    total = jnp.zeros((), jnp.uint32)
     for number, (path, mask) in enumerate(zip(paths, leaves, strict=True), start=1):
         _check_mask(path, mask, None)
         place = jnp.zeros((), jnp.uint32)

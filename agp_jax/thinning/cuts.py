@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agp_jax.couplings import Branch, Couplings, Group, Member, slice_flags
+from agp_jax.masks import expect_masks
 from agp_jax.trees import PyTree, Shape, describe, expect, flatten_with_paths
 
 
@@ -208,8 +209,7 @@ def plan_cut(
     up: (4, 8) -> (4, 6)
     """
     expect(couplings, Couplings, "couplings from agp.find_couplings second")
-    if masks is None:
-        raise ValueError("expected masks, got None: pass get_masks(opt_state)")
+    expect_masks(masks)
     if not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"round_to must be a whole number from 1 on, got {round_to!r}")
     shapes = _shapes(couplings.variables)
