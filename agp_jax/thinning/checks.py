@@ -1,12 +1,12 @@
 """Checks of a cut: how the thinned function differs from the masked one."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 
-from agp_jax.couplings import Group
+from agp_jax.couplings import Couplings, Group
 from agp_jax.masks import apply_masks
 from agp_jax.programs.grouping import find_couplings
 from agp_jax.thinning.cuts import Cut, cut_units
@@ -89,22 +89,24 @@ def check_cut(
     error = error_of(cut)
     groups: dict[str, float] = {}
     if not error <= tolerance:
-        couplings = find_couplings(fn, variables, *inputs)
-        for i, group in enumerate(couplings.groups):
-            dead = [np.zeros(group.shape, bool) for group in couplings.groups]
-            dead[i] = _units_in(cut, group)
-            if dead[i].any():
-                alone = error_of(cut_units(couplings, dead))
-                if not alone <= tolerance:
-                    groups[group.name] = alone
-        none = [np.zeros(group.shape, bool) for group in couplings.groups]
-        for branch in couplings.branches:
-            if cut.gone.keys() >= {*branch.leaves}:
-                gone = {path: cut.gone[path] for path in branch.leaves}
-                alone = error_of(cut_units(couplings, none, gone))
-                if not alone <= tolerance:
-                    groups[branch.name] = alone
+        for name, part in _parts_of(cut, find_couplings(fn, variables, *inputs)):
+            alone = error_of(part)
+            if not alone <= tolerance:
+                groups[name] = alone
     return CutReport(error, groups, tolerance)
+
+
+def _parts_of(cut: Cut, couplings: Couplings) -> Iterator[tuple[str, Cut]]:
+    """What a cut removes of each group and branch, by name, as cuts of their own."""
+    none = [np.zeros(group.shape, bool) for group in couplings.groups]
+    for i, group in enumerate(couplings.groups):
+        dead = _units_in(cut, group)
+        if dead.any():
+            yield group.name, cut_units(couplings, [*none[:i], dead, *none[i + 1 :]])
+    for branch in couplings.branches:
+        if cut.gone.keys() >= {*branch.leaves}:
+            gone = {path: cut.gone[path] for path in branch.leaves}
+            yield branch.name, cut_units(couplings, none, gone)
 
 
 def _units_in(cut: Cut, group: Group) -> np.ndarray:
