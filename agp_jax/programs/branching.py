@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from agp_jax.couplings import Branch, unique_name
 from agp_jax.programs.analyses import Analysis
-from agp_jax.programs.jaxprs import Equation, Program, Variable
+from agp_jax.programs.jaxprs import REMAT, Equation, Program, Variable
 from agp_jax.programs.propagation import value_of
-from agp_jax.programs.vanishing import REMAT, Proof, Zeros, summands
+from agp_jax.programs.vanishing import Proof, Zeros, summands
 
 
 class _Pass(NamedTuple):

@@ -32,12 +32,14 @@ _KEEP_ZERO = set(
 )
 # Zero if any operand is, or if all are.
 _ANY_ZERO = {"mul", "and"}
-_ALL_ZERO = {"add", "add_any", "sub", "max", "min", "or", "xor", "select_n", "clamp"}
+_ALL_ZERO = set(
+    "add add_any clamp gt lt max min ne or select_n sub xor".split()  # 0 < 0 is false
+)
 # Zero or not, it is not known here.
 _OTHER = set(
     "acos acosh atan2 bessel_i0e bessel_i1e clz complex cos cosh "
-    "digamma div eq eq_to erfc exp exp2 ge gt is_finite le le_to lgamma log log2 "
-    "logistic lt lt_to ne nextafter not one_minus_square polygamma population_count "
+    "digamma div eq eq_to erfc exp exp2 ge is_finite le le_to lgamma log log2 "
+    "logistic lt_to nextafter not one_minus_square polygamma population_count "
     "pow rem rsqrt shift_left shift_right_arithmetic shift_right_logical".split()
 )
 # Infinite, or without a finite derivative, at zero; of div and rem the divisor.
@@ -122,15 +124,10 @@ def _zeros(
     flow: Flow, equation: Equation, ins: Sequence[Value], i: int, size: int
 ) -> frozenset[int] | None:
     """The leaves whose zeros make the result zero where axis `i` is removed."""
-    present = [value.axes and value.axes[i].size == size for value in ins]
-    proofs = [
-        v.axes[i].zeros if is_in else None
-        for v, is_in in zip(ins, present, strict=True)
-    ]
+    axes = [v.axes[i] if v.axes and v.axes[i].size == size else None for v in ins]
     if equation.name in _ANY_ZERO:
-        return any_zeros(
-            [v.axes[i] for v, is_in in zip(ins, present, strict=True) if is_in]
-        )
+        return any_zeros([axis for axis in axes if axis is not None])
+    proofs = [None if axis is None else axis.zeros for axis in axes]
     return zeros_of(equation, proofs, [flow.origin(v) for v in equation.inputs])
 
 

@@ -38,14 +38,14 @@ _KEEP_UNIFORM = {
 }
 # Constants with more entries than this are not looked through for being uniform.
 _MAX_LOOKED_AT = 2**20
+# Equations whose body is computed again for the gradient, by their names so far.
+REMAT = {"checkpoint", "remat", "remat2"}
 # Equations with bodies, and the parameters that hold them, one or several each.
 _BODIES = {
     "scan": ("jaxpr",),
     "while": ("cond_jaxpr", "body_jaxpr"),
     "cond": ("branches",),
-    "checkpoint": ("jaxpr",),
-    "remat": ("jaxpr",),
-    "remat2": ("jaxpr",),
+    **dict.fromkeys(REMAT, ("jaxpr",)),
     "custom_jvp_call": ("call_jaxpr",),
     "custom_vjp_call": ("call_jaxpr",),
 }

@@ -120,7 +120,8 @@ class Flow:
       outside: for inputs of bodies, the variable outside that each of them is.
       derivatives: the programs of derivatives that functions bring along, where these
         have been labelled, too.
-      roles: what the program does with each leaf's axis: "out", "in" or "each".
+      roles: what the program does with each leaf's axis: "out", "in", "each" or
+        "layer".
       inexact: axes whose removal changes results, and the number of the reason.
       relied: axes whose removal changes nothing because certain leaves are zero there.
       choices: axes from which so many indices are picked at a time, and the number of

@@ -11,6 +11,7 @@ import numpy as np
 
 from agp_jax.programs.elementwise import ELEMENTWISE, elementwise
 from agp_jax.programs.jaxprs import (
+    REMAT,
     Equation,
     Program,
     Variable,
@@ -254,9 +255,7 @@ _WITH_BODIES: dict[str, Callable[[Flow, Equation, list[Value]], list[Value]]] = 
     "scan": _scan,
     "while": _while,
     "cond": _cond,
-    "checkpoint": _call,
-    "remat": _call,
-    "remat2": _call,
+    **dict.fromkeys(REMAT, _call),
     "custom_jvp_call": _call,
     "custom_vjp_call": _call,
 }

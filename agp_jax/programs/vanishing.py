@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agp_jax.programs.elementwise import ELEMENTWISE, singular_operands, zeros_of
-from agp_jax.programs.jaxprs import Equation, Program, Variable, scan_counts
+from agp_jax.programs.jaxprs import REMAT, Equation, Program, Variable, scan_counts
 from agp_jax.programs.labels import all_proofs, any_proof
 
 Proof = frozenset[int] | None
@@ -36,8 +36,6 @@ _OF_SEVERAL = {
     "scatter-add": slice(0, None, 2),
     "scatter-sub": slice(0, None, 2),
 }
-# False, which is zero, of two zeros.
-_FALSE_OF_EQUALS = {"gt", "lt", "ne"}
 # Each output is zero if its operand is.
 _EACH = {"device_put", "optimization_barrier", "sort"}
 # What comes out is what went in.
@@ -45,7 +43,6 @@ _HANDED_ON = set(
     "copy device_put name optimization_barrier pvary reshard "
     "sharding_constraint".split()
 )
-REMAT = {"checkpoint", "remat", "remat2"}
 _CALLS = REMAT | {"custom_jvp_call", "custom_vjp_call"}
 
 
@@ -80,8 +77,6 @@ class Zeros:
 
     def _outputs(self, equation: Equation, ins: list[Proof]) -> list[Proof]:
         name, count = equation.name, len(equation.outputs)
-        if name in _FALSE_OF_EQUALS:
-            return [all_proofs(ins)]
         if name in ELEMENTWISE:
             is_singular = any(ins[k] is not None for k in singular_operands(equation))
             if is_singular or _selects_infinity(equation, ins):

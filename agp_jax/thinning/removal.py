@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from agp_jax.programs.jaxprs import (
+    REMAT,
     Equation,
     Program,
     Variable,
@@ -21,7 +22,7 @@ from agp_jax.programs.jaxprs import (
     source_line,
     trace,
 )
-from agp_jax.programs.vanishing import REMAT, Zeros, summands
+from agp_jax.programs.vanishing import Zeros, summands
 from agp_jax.thinning.cuts import Cut
 from agp_jax.trees import PyTree, abstract_array, flatten_with_paths, unflatten_around
 
