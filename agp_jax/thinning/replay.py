@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.programs.analyses import analyse
+from agp_jax.programs.analyses import Analysis, analyse
 from agp_jax.programs.jaxprs import (
+    REMAT,
     Equation,
     Program,
     Variable,
@@ -82,40 +83,49 @@ def thin_function(
     _check_paths(paths, list(map(abstract_array, leaves, paths)), cut)
     if cut.gone:
         return thin_function(*without_leaves(fn, variables, cut))
+
+    def whole(variables: PyTree) -> PyTree:
+        arrays = treedef.flatten_up_to(variables)
+        return treedef.unflatten(
+            jax.ShapeDtypeStruct(
+                _whole_shape(path, np.shape(array), cut), jnp.result_type(array)
+            )
+            for path, array in zip(paths, arrays, strict=True)
+        )
+
+    return replayed(fn, whole, lambda analysis: find_remains(analysis, cut))
+
+
+def replayed(
+    fn: Callable[..., PyTree],
+    whole: Callable[[PyTree], PyTree],
+    find: Callable[[Analysis], Remains],
+) -> Callable[..., PyTree]:
+    """`fn`, read anew for every new shape of its arguments, and run as is found.
+
+    Args:
+      fn: called as `fn(variables, *args, **kwargs)`; all arguments are arrays.
+      whole: the variables that `fn` is read with, as abstract arrays, of those that it
+        is called with.
+      find: what remains of a function, and what is done instead of its equations.
+    """
     known: dict[Any, Remains] = {}
 
     def call(variables: PyTree, args: tuple[Any, ...], kwargs: Any) -> PyTree:
         return fn(variables, *args, **kwargs)
 
-    def thinned(variables: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-        arrays = treedef.flatten_up_to(variables)
-        full = [
-            jax.ShapeDtypeStruct(
-                _whole_shape(path, np.shape(array), cut), jnp.result_type(array)
-            )
-            for path, array in zip(paths, arrays, strict=True)
-        ]
-        inputs = jax.tree.map(abstract_array, (args, kwargs))
-        key = (
-            jax.tree.structure(inputs),
-            *((x.shape, x.dtype) for x in (*full, *jax.tree.leaves(inputs))),
-        )
+    def run(variables: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        shapes = whole(variables), *jax.tree.map(abstract_array, (args, kwargs))
+        arrays = ((x.shape, x.dtype) for x in jax.tree.leaves(shapes))
+        key = (jax.tree.structure(shapes), *arrays)
         if key not in known:
-            analysis = analyse(
-                call, treedef.unflatten(full), *inputs, freeze_outputs=False
-            )
-            known[key] = find_remains(analysis, cut)
+            known[key] = find(analyse(call, *shapes, freeze_outputs=False))
         remains = known[key]
-        given = [*arrays, *jax.tree.leaves((args, kwargs))]
-        return run(remains, given)
+        given = jax.tree.leaves((variables, args, kwargs))
+        out = _run(remains, remains.analysis.program, given, None)
+        return jax.tree.unflatten(jax.tree.structure(remains.analysis.out), out)
 
-    return thinned
-
-
-def run(remains: Remains, arrays: Sequence[Any]) -> PyTree:
-    """What a function returns for what remains of its inputs, all leaves in order."""
-    out = _run(remains, remains.analysis.program, arrays, None)
-    return jax.tree.unflatten(jax.tree.structure(remains.analysis.out), out)
+    return run
 
 
 def _check_paths(
@@ -315,9 +325,7 @@ _WITH_BODIES: Mapping[str, Callable[..., list[Any]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
-    "checkpoint": _remat,
-    "remat": _remat,
-    "remat2": _remat,
+    **dict.fromkeys(REMAT, _remat),
     "custom_jvp_call": _custom_jvp,
     "custom_vjp_call": _custom_vjp,
 }

@@ -14,18 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agp_jax.programs.analyses import Analysis, analyse
-from agp_jax.programs.jaxprs import Equation, Program, Variable, bind
+from agp_jax.programs.analyses import Analysis
+from agp_jax.programs.jaxprs import REMAT, Equation, Program, Variable, bind
 from agp_jax.programs.numbers import along_of
 from agp_jax.programs.propagation import value_of
 from agp_jax.thinning.cuts import Cut
 from agp_jax.thinning.remains import Edit, Remains
-from agp_jax.thinning.replay import run
+from agp_jax.thinning.replay import replayed
 from agp_jax.trees import PyTree, abstract_array
 
 # Equations whose bodies are looked into. A function with a derivative of its own is
 # left as it is, or its derivative would be that of another.
-_ENTERED = {"scan", "while", "cond", "checkpoint", "remat", "remat2"}
+_ENTERED = REMAT | {"scan", "while", "cond"}
 
 
 def without_experts(fn: Callable[..., PyTree], routers: str) -> Callable[..., PyTree]:
@@ -49,24 +49,9 @@ def without_experts(fn: Callable[..., PyTree], routers: str) -> Callable[..., Py
     Raises:
       ValueError: when called, if nothing that `routers` matches is multiplied so.
     """
-    known: dict[Any, Remains] = {}
-
-    def call(variables: PyTree, args: tuple[Any, ...], kwargs: Any) -> PyTree:
-        return fn(variables, *args, **kwargs)
-
-    @functools.wraps(fn)
-    def wrapped(variables: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-        given = (variables, args, kwargs)
-        shapes = jax.tree.map(abstract_array, given)
-        arrays = ((x.shape, x.dtype) for x in jax.tree.leaves(shapes))
-        key = (jax.tree.structure(shapes), *arrays)
-        if key not in known:
-            known[key] = _find_routers(
-                analyse(call, *shapes, freeze_outputs=False), routers
-            )
-        return run(known[key], jax.tree.leaves(given))
-
-    return wrapped
+    shapes = functools.partial(jax.tree.map, abstract_array)
+    run = replayed(fn, shapes, lambda analysis: _find_routers(analysis, routers))
+    return functools.wraps(fn)(run)
 
 
 def _find_routers(analysis: Analysis, pattern: str) -> Remains:
