@@ -21,9 +21,9 @@ from agp_jax.training.config import (
     Config,
     default_dict,
     list_events,
+    make_rules,
     teacher_step,
     to_dict,
-    validate,
 )
 from agp_jax.training.counts import describe_cost, total_sparsity, total_target
 from agp_jax.training.courses import Course, make_course, training_macs
@@ -377,7 +377,7 @@ def _finish(run: Run, state: State) -> dict | None:
             run.workdir,
             records,
             quality,
-            events=list_events(validate(experiment.config)),
+            events=list_events(make_rules(experiment.config)),
             cut_step=experiment.config.prune.cut_step if experiment.cut else None,
             baseline=_find_baseline(run),
         ),
