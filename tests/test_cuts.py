@@ -55,6 +55,11 @@ def test_a_unit_stays_if_one_entry_of_a_mask_does(path):
     assert kept_units(agp.plan_cut(masks, COUPLINGS)) == [0, 2, 3, 4, 5]
 
 
+# Warned of, as a test below shows.
+says_why_nothing = pytest.mark.filterwarnings("ignore:nothing is cut")
+
+
+@says_why_nothing
 def test_the_leaf_that_makes_a_unit_vanish_must_be_masked():
     """relu(bias) is not zero: only the masked reader removes it."""
     masks = masks_without(1, 4)["params"]
@@ -65,6 +70,7 @@ def test_the_leaf_that_makes_a_unit_vanish_must_be_masked():
         assert not agp.plan_cut(without, COUPLINGS)
 
 
+@says_why_nothing
 def test_closing_takes_the_word_of_what_makes_the_units():
     masks = {"params": {"up": masks_without(0, 5)["params"]["up"]}}
     assert not agp.plan_cut(masks, COUPLINGS)
@@ -112,6 +118,7 @@ def test_no_part_of_an_axis_becomes_empty():
     assert_same_outputs((thin_fn, agp.thin(zeroed, cut)), (fn, zeroed))
 
 
+@says_why_nothing
 def test_groups_that_are_not_exact_are_cut_on_request():
     def fn(params, x):
         return jax.nn.softmax(x @ params["up"]) @ params["down"]
