@@ -1,5 +1,6 @@
 """Small runs for tests, on digits and on text: their configs, how they stop and end."""
 
+import io
 import json
 import os
 
@@ -137,3 +138,17 @@ def assert_same_run(workdir, reference, config):
         for directory in (workdir, reference)
     )
     assert summary == expected_summary
+
+
+def printed_lines(print_it, width=None):
+    """The lines that a terminal of a width gets from `print_it`, or a file."""
+    console = Console(
+        file=io.StringIO(),
+        force_terminal=width is not None,
+        width=width,
+        color_system=None,
+    )
+    print_it(console)
+    lines = console.file.getvalue().splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    return lines

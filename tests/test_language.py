@@ -121,20 +121,28 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path):
         run_quietly(config, tmp_path / "run")
 
 
-def test_a_decoder_trains_with_its_layers_stacked(tmp_path):
-    config = lstm_config(
+def decoder_config(rule, *, steps=4, checkpoint_every=4, cut=False, **model):
+    """A decoder of which half goes in two steps, and is cut out after them."""
+    return lstm_config(
         distill=Distill(),
-        steps=4,
+        steps=steps,
         log_every=2,
-        checkpoint_every=4,
-        model=Model(name="gpt", width=16, depth=2, num_heads=4, num_kv_heads=2),
+        checkpoint_every=checkpoint_every,
+        model=Model(name="gpt", **model),
         optimizer=Optimizer(name="adamw", learning_rate=0.01, clip_norm=1.0),
         prune=Prune(
             final_sparsity=0.5,
             end_step=2,
-            rules=(agp.Rule("blocks/.*/kernel", agp.element(), stacked_axes=1),),
+            rules=(rule,),
+            coupled=cut,
+            cut_step=2 if cut else 0,
         ),
     )
+
+
+def test_a_decoder_trains_with_its_layers_stacked(tmp_path):
+    rule = agp.Rule("blocks/.*/kernel", agp.element(), stacked_axes=1)
+    config = decoder_config(rule, width=16, depth=2, num_heads=4, num_kv_heads=2)
     summary = run_quietly(config, tmp_path)
     params = checkpoint.restore_variables(tmp_path, step="latest")["params"]
     for kind in ("gate", "up", "down"):
@@ -149,21 +157,9 @@ def test_a_decoder_trains_with_its_layers_stacked(tmp_path):
 
 def test_a_decoder_loses_layers_and_trains_on(tmp_path):
     """Stopped after its cut, it goes on with the layers that are left."""
-    config = lstm_config(
-        distill=Distill(),
-        steps=6,
-        log_every=2,
-        checkpoint_every=2,
-        model=Model(name="gpt", width=8, depth=4, num_heads=2, dropout=0.1),
-        optimizer=Optimizer(name="adamw", learning_rate=0.01, clip_norm=1.0),
-        prune=Prune(
-            final_sparsity=0.5,
-            end_step=2,
-            rules=(agp.Rule("blocks/.*", agp.layers()),),
-            coupled=True,
-            cut_step=2,
-        ),
-    )
+    model = dict(width=8, depth=4, num_heads=2, dropout=0.1)
+    rule = agp.Rule("blocks/.*", agp.layers())
+    config = decoder_config(rule, steps=6, checkpoint_every=2, cut=True, **model)
     with pytest.raises(Stop):
         loop.run(config, tmp_path, StopAt(4))
     cut = run_quietly(config, tmp_path)["cut"]
@@ -178,20 +174,9 @@ def test_a_decoder_loses_layers_and_trains_on(tmp_path):
 
 
 def test_a_decoder_loses_experts_in_events_and_goes_on_without(tmp_path):
-    config = lstm_config(
-        distill=Distill(),
-        steps=4,
-        log_every=2,
-        checkpoint_every=4,
-        model=Model(name="gpt", width=8, depth=2, num_heads=2, num_experts=4),
-        prune=Prune(
-            final_sparsity=0.5,
-            end_step=2,
-            cut_step=2,
-            coupled=True,
-            rules=(agp.Rule("blocks/mlp/(gate|up|down)/kernel", agp.experts()),),
-        ),
-    )
+    rule = agp.Rule("blocks/mlp/(gate|up|down)/kernel", agp.experts())
+    model = dict(width=8, depth=2, num_heads=2, num_experts=4)
+    config = decoder_config(rule, cut=True, **model)
     summary = run_quietly(config, tmp_path)
     params = checkpoint.restore_variables(tmp_path, step="latest")["params"]
     assert params["blocks"]["mlp"]["router"]["kernel"].shape == (2, 8, 2)

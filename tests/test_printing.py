@@ -1,42 +1,26 @@
 """Sentences and tables that fit terminals of 80 and 120 columns, and files."""
 
-import io
-
 import pytest
-from rich.console import Console
+from runs import printed_lines
 
 from agp_jax.training.printing import group_rows, print_table, say
-
-
-def printed(print_it, width=None):
-    """The lines that a terminal of a width gets, or a file."""
-    console = Console(
-        file=io.StringIO(),
-        force_terminal=width is not None,
-        width=width,
-        color_system=None,
-    )
-    print_it(console)
-    lines = console.file.getvalue().splitlines()
-    assert all(line == line.rstrip() for line in lines)
-    return lines
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_a_sentence_breaks_at_spaces_alone(width):
     path = "/a/very/long/directory/name/that/is/longer/than/a/narrow/terminal"
     sentence = f"work directory: {path} has 21 events from step 100 to 500, every 20"
-    lines = printed(lambda console: say(console, sentence), width)
+    lines = printed_lines(lambda console: say(console, sentence), width)
     assert [word for line in lines for word in line.split()] == sentence.split()
     assert all(len(line) <= width or line.strip() == path for line in lines)
-    assert printed(lambda console: say(console, sentence)) == [sentence]
+    assert printed_lines(lambda console: say(console, sentence)) == [sentence]
 
 
 @pytest.mark.parametrize("width", [80, 120, None])
 def test_a_table_keeps_names_and_numbers_whole(width):
     titles = ["tensor", "shape", "non-zero"]
     rows = [["a", "3x3x16x16", "2,304"], ["b" * 59, "10", "10"], ["[bold]", "", ""]]
-    lines = printed(lambda console: print_table(console, titles, rows), width)
+    lines = printed_lines(lambda console: print_table(console, titles, rows), width)
     words = [word for line in lines for word in line.split()]
     assert words == [*titles, *(cell for row in rows for cell in row if cell)]
     assert max(map(len, lines)) <= 80
@@ -48,7 +32,7 @@ def test_a_table_too_wide_gives_up_its_last_column_and_then_its_form():
     titles, row = ["tensor", "non-zero", "sparsity"], ["x" * 30, "2,304", "50.00%"]
 
     def lines(width):
-        return printed(
+        return printed_lines(
             lambda console: print_table(console, titles, [row], spare_last=True), width
         )
 

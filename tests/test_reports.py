@@ -1,9 +1,7 @@
 """What a run prints, at the widths of terminals and in files."""
 
-import io
-
 import pytest
-from rich.console import Console
+from runs import printed_lines
 
 import agp_jax as agp
 from agp_jax.training import reports
@@ -29,15 +27,7 @@ def printed(request):
 
     def print_with(print_it):
         width = request.param
-        console = Console(
-            file=io.StringIO(),
-            force_terminal=width is not None,
-            width=width,
-            color_system=None,
-        )
-        print_it(console)
-        lines = console.file.getvalue().splitlines()
-        assert all(line == line.rstrip() for line in lines)
+        lines = printed_lines(print_it, width)
         assert all(len(line) <= (width or 999) for line in lines)
         return [line.split() for line in lines]
 
