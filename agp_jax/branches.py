@@ -101,7 +101,7 @@ def _score_whole(leaf: Leaf) -> tuple[jax.Array, jax.Array]:
 
 
 def _find_layers(rule: Rule, paths: list[str], couplings: Couplings) -> Layers:
-    names = {path: _name_of_layer(rule, path) for path in paths}
+    names = {path: _name_of_layer(rule, path, couplings) for path in paths}
     of_one: dict[str, list[Branch]] = defaultdict(list)
     of_several: list[tuple[Branch, list[str]]] = []
     for branch in couplings.branches:
@@ -129,7 +129,7 @@ def _find_layers(rule: Rule, paths: list[str], couplings: Couplings) -> Layers:
     return Layers(rule, {path: numbers[names[path]] for path in paths}, members)
 
 
-def _name_of_layer(rule: Rule, path: str) -> str:
+def _name_of_layer(rule: Rule, path: str, couplings: Couplings) -> str:
     """What the pattern's parentheses capture; without, the path up to a number."""
     match = re.fullmatch(rule.pattern, path)
     assert match is not None
@@ -139,9 +139,10 @@ def _name_of_layer(rule: Rule, path: str) -> str:
     end = next((i for i, name in enumerate(names) if re.search(r"\d", name)), None)
     if end is None:
         raise ValueError(
-            f"{rule} prunes {path} by {rule.structure}, but no name in it has a "
-            f"number, by which layers go. Put what names the layer in parentheses, as "
-            f"in Rule(r'(h_\\d+)/.*', agp.layers(), ...)"
+            f"{rule} prunes {path} by {rule.structure}, but it is of no stack of layers"
+            f"{_why_fixed(path, couplings)}, and no name in it has a number, by which "
+            f"layers of a loop go. Put what names the layer in parentheses, as in "
+            f"Rule(r'(h_\\d+)/.*', agp.layers(), ...)"
         )
     return "/".join(names[: end + 1])
 
@@ -161,12 +162,16 @@ def _explain_no_layer(
                 f"{start}a residual branch of several layers: {', '.join(found)}. Put "
                 f"what names the layer in parentheses, as in Rule(r'(stage1)/.*', ...)"
             )
-    fixed = couplings.frozen.get((path, 0), ())
-    reason = f" (along axis 0: {fixed[0][2]})" if fixed else ""
     others = [branch.name for branch in couplings.branches]
     return (
-        f"{start}no residual branch, nor of a stack of layers{reason}. Leave it out of "
+        f"{start}no residual branch, nor of a stack of layers"
+        f"{_why_fixed(path, couplings)}. Leave it out of "
         f"the pattern, or put agp.dense(...) before it. "
         f"Branches are made by {', '.join(others[:3]) or 'nothing here'}"
         + (", ..." if len(others) > 3 else "")
     )
+
+
+def _why_fixed(path: str, couplings: Couplings) -> str:
+    fixed = couplings.frozen.get((path, 0), ())
+    return f" (along axis 0: {fixed[0][2]})" if fixed else ""

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -373,6 +374,19 @@ def test_rules_prune_heads_and_channels_of_each_layer():
     assert cut.thin_shape("params/blocks/attention/out/kernel") == (3, 8, 12)
     assert cut.thin_shape("params/blocks/mlp/down/kernel") == (3, 5, 12)
     assert len(cut["params/blocks/mlp/down/kernel"][1]) == DEPTH
+
+
+def test_a_stack_with_routers_keeps_its_layers():
+    """With all experts masked nothing is left to choose."""
+    model, variables = make(num_experts=4)
+    couplings, _ = find_groups(model, variables)
+    ((_, _, reason),) = couplings.frozen["params/blocks/mlp/router/kernel", 0]
+    of_zeros = r"more than add .*: of zeros select_n at .*gpt.py.*_logits"
+    assert re.search(of_zeros, reason)
+    rules = [agp.Rule("blocks/.*", agp.layers(), agp.one_shot(0.5))]
+    params = couplings.subtree("params")
+    with pytest.raises(ValueError, match="of no stack of layers .*select_n at"):
+        agp.make_masks(variables["params"], rules, 0, couplings=params)
 
 
 def test_experts_of_each_layer_go_while_it_trains():

@@ -21,9 +21,9 @@ class Gpt(nn.Module):
 
     A cut may take features of the MLPs, experts, features of values, and heads: keys
     and values with all of their queries, or as many queries of each key. It may take
-    others in each layer, but as many; and it may take whole layers. Queries and keys
-    keep their features, by whose number a kernel tells how many heads it has. An expert
-    whose router weights are all zero is never chosen.
+    others in each layer, but as many; and it may take whole layers, unless these have
+    routers. Queries and keys keep their features, by whose number a kernel tells how
+    many heads it has. An expert whose router weights are all zero is never chosen.
 
     Attributes:
       vocabulary: how many tokens there are; the embedding also makes the logits.

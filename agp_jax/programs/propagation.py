@@ -164,10 +164,11 @@ def _stepped_along(flow: Flow, equation: Equation, ins: list[Value]) -> list[Axi
     proof = all_proofs(handed_on(body, zeros, num_consts, num_carry))
     length = equation.params["length"]
     if not proof or zeros.singular or not are_numbers(length) or length < 2:
-        line = source_line(equation)
-        with flow.at(
-            f"scan at {line}, whose steps do more than add to what they carry"
-        ):
+        why = "whose steps do more than add to what they carry"
+        if proof and zeros.singular:
+            first = zeros.singular[0]
+            why += f": of zeros {first.name} at {source_line(first)} has no finite one"
+        with flow.at(f"scan at {source_line(equation)}, {why}"):
             flow.freeze(*axes)
         return [flow.fixed(length)] * (len(outs) - num_carry)
     flow.unify(*axes)
